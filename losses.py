@@ -1,0 +1,89 @@
+"""What "right" means (MaskFormer, Eq. 1, Sec. 3.2, 4.1).
+
+Letters   B images · L decoder layers · Q queries · K classes · N ground-truth segments in the batch
+          H W image size · h w = H/4 W/4 · P = H W pixels · M matched pairs
+Paper     L_mask-cls = ce + 20 focal + 1 dice; "no object" is label K
+
+    ce, focal, dice = mask_classification_loss(class_logits, mask_logits, labels, masks, matches)
+    loss = ce + 20 * focal + 1 * dice
+"""
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+PIXELS_AT_ONCE = 2 ** 24              # of upsampled masks: bounds the loss's memory whatever M is
+
+
+def mask_classification_loss(class_logits, mask_logits, labels, masks, matches, num_segments=None,
+                             no_object_weight=0.1):
+    """Eq. (1), unweighted, as three scalars (ce, focal, dice), each summed over the decoder layers.
+
+    class_logits [L, B, Q, K+1], mask_logits [L, B, Q, h, w], labels [N], masks [N, H, W] bool, matches: the
+    matcher's four vectors [M]. num_segments: N averaged over processes (default: this N). Void and padded
+    pixels belong to no segment: they are background of every mask, as in the released code. Only matched
+    queries are upsampled, PIXELS_AT_ONCE at a time: memory at full size grows neither with Q nor M.
+    """
+    L, B, Q = class_logits.shape[:3]
+    no_object = class_logits.shape[-1] - 1
+    n = torch.as_tensor(len(labels) if num_segments is None else num_segments, device=class_logits.device)
+    layer, image, query, segment = matches                               # each [M]
+
+    wanted = torch.full((L, B, Q), no_object, device=class_logits.device)
+    wanted[layer, image, query] = labels[segment]
+    weight = torch.ones(no_object + 1, device=class_logits.device)
+    weight[no_object] = no_object_weight
+    # The weights of each layer add up to n + 0.1 (B Q - n), so L weighted means are one sum over one divisor.
+    # NOTE 5: the released code divides by each process's own sum of weights; with n averaged over processes
+    # the gradient does not depend on how a batch is split over them. On one process there is no difference.
+    ce = F.cross_entropy(class_logits.float().flatten(0, 2), wanted.flatten(), weight, reduction="sum")
+    ce = ce / (n + no_object_weight * (B * Q - n))
+
+    focal, dice = mask_terms(mask_logits, masks, matches)
+    return ce, focal / n.clamp(min=1), dice / n.clamp(min=1)
+
+
+def mask_terms(mask_logits, masks, matches):
+    """Focal and dice loss, summed over the M pairs; the backward pass recomputes each chunk instead of
+    keeping it."""
+    def chunk_terms(logits, segment):                                    # [m, h, w], [m]
+        truth = masks[segment]                                           # [m, H, W]
+        logits = F.interpolate(logits[:, None], size=truth.shape[-2:], mode="bilinear", align_corners=False)
+        x, t = logits.flatten(1), truth.flatten(1).float()               # [m, P]
+        return focal_loss(x, t).sum(), dice_loss(x, t).sum()
+
+    layer, image, query, segment = matches
+    matched = mask_logits[layer, image, query].float()                   # [M, h, w]
+    focal = dice = 0 * matched.sum()                                     # a gradient for all, even if M = 0
+    pairs_at_once = max(1, PIXELS_AT_ONCE // masks[0].numel()) if len(masks) else 1
+    for logits, s in zip(matched.split(pairs_at_once), segment.split(pairs_at_once)):
+        f, d = checkpoint(chunk_terms, logits, s, use_reentrant=False)
+        focal, dice = focal + f, dice + d
+    return focal, dice
+
+
+def focal_loss(mask_logits, masks, alpha=0.25, gamma=2):                 # [M, P], [M, P] -> [M]
+    """-alpha_t (1 - p_t)^gamma log p_t, averaged over pixels; p_t is the probability of the right answer."""
+    wrong = mask_logits * (1 - 2 * masks)                                # logit of the wrong answer
+    alpha_t = (1 - alpha) + (2 * alpha - 1) * masks                      # alpha inside, 1 - alpha outside
+    return (alpha_t * wrong.sigmoid() ** gamma * F.softplus(wrong)).mean(-1)
+
+
+def dice_loss(mask_logits, masks):                                       # [M, P], [M, P] -> [M]
+    """1 - (2 |p t| + 1) / (|p| + |t| + 1)."""
+    prob = mask_logits.sigmoid()
+    return 1 - (2 * (prob * masks).sum(-1) + 1) / (prob.sum(-1) + masks.sum(-1) + 1)
+
+
+def per_pixel_loss(pixel_logits, label_map, void=255, num_pixels=None):
+    """Cross entropy of the per-pixel baselines (Sec. 3.1), mean over labelled pixels, summed over the layers.
+
+    pixel_logits [L, B, K, h, w], upsampled 4x and cropped; label_map [B, H, W] of classes or `void` -> ce.
+    num_pixels: labelled pixels averaged over processes (default: this batch's).
+    """
+    H, W = label_map.shape[-2:]
+    n = (label_map != void).sum() if num_pixels is None else num_pixels
+    ce = 0
+    for logits in pixel_logits.float():                                  # one layer at a time: [B, K, h, w]
+        logits = F.interpolate(logits, scale_factor=4, mode="bilinear", align_corners=False)[..., :H, :W]
+        ce = ce + F.cross_entropy(logits, label_map.long(), ignore_index=void, reduction="sum")
+    return ce / torch.as_tensor(n, device=label_map.device).clamp(min=1)
