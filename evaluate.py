@@ -1,0 +1,457 @@
+"""How good it is: mIoU, PQ, pictures, one's own photos (MaskFormer, Sec. 3.4, 4).
+
+Letters   Q queries · K classes · H W size of the original image · h w size of the network's input
+
+    python evaluate.py --checkpoint runs/shapes-001/last.pt                  # the metrics of its dataset
+    python evaluate.py --checkpoint runs/shapes-001/last.pt --images photo.jpg --save out
+    torchrun --nproc-per-node 8 evaluate.py --checkpoint runs/ade20k-001/best.pt --flip --scales 0.5 1 1.5
+"""
+import argparse
+import colorsys
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch.utils.data import DataLoader, Subset
+from torchvision.transforms.v2.functional import resize, to_pil_image
+from torchvision.utils import draw_segmentation_masks
+
+from data import DATASETS, build_dataset, fit, label_map, read_image, void_label
+from maskformer import (MaskFormer, PerPixelBaseline, PerPixelBaselinePlus, panoptic_inference,
+                        semantic_inference)
+
+SCORES_AT_ONCE = 2 ** 26              # floats of class scores at the original size held at a time
+TEST_OPTIONS = ("test_short_side", "test_max_long_side", "object_threshold", "overlap_threshold")
+
+
+# ---------------------------------------------------------------------------------------- metrics
+class ConfusionMatrix:
+    """Counts of (true class, predicted class) over a whole set; void pixels of the truth do not count.
+
+    IoU of a class = TP / (TP + FP + FN). With truth [0, 0, 1, 255] and prediction [0, 1, 1, 1] both classes
+    have IoU 1/2: mIoU 50, mACC 75, pACC 66.7. All values are percentages.
+    """
+
+    def __init__(self, num_classes, void=255):
+        self.num_classes, self.void = num_classes, void
+        self.counts = torch.zeros(num_classes, num_classes + 1, dtype=torch.int64)   # last: predicted void
+
+    def update(self, prediction, target):
+        """prediction [H, W], target [H, W] of classes or void. Raises ValueError for any other value."""
+        K, prediction, target = self.num_classes, torch.as_tensor(prediction), torch.as_tensor(target)
+        known = target != self.void
+        truth, answer = target[known].long(), prediction.to(target.device)[known].long()
+        answer = answer.masked_fill(answer == self.void, K)
+        for what, values, most in (("target", truth, K - 1), ("prediction", answer, K)):
+            if len(values) and not 0 <= int(values.min()) <= int(values.max()) <= most:
+                raise ValueError(f"a {what} holds classes {int(values.min())}..{int(values.max())}, "
+                                 f"not 0..{K - 1}")
+        counts = torch.bincount(truth * (K + 1) + answer, minlength=K * (K + 1))
+        self.counts += counts.view(K, K + 1).cpu()
+
+    def compute(self):
+        """-> mIoU and mACC (means over classes that occur in the truth), pACC, fwIoU, IoU [K] (else NaN)."""
+        counts = sum_over_processes(self.counts).double()
+        hit, true, predicted = counts.diagonal(), counts.sum(1), counts[:, :-1].sum(0)
+        occurs, total = true > 0, true.sum().clamp(min=1)
+        iou = torch.where(occurs, hit / (true + predicted - hit).clamp(min=1), torch.nan)
+        n = occurs.sum().clamp(min=1)
+        return {"mIoU": (100 * iou[occurs].sum() / n).item(),
+                "mACC": (100 * (hit / true)[occurs].sum() / n).item(),
+                "pACC": (100 * hit.sum() / total).item(),
+                "fwIoU": (100 * (true * iou)[occurs].sum() / total).item(),
+                "IoU": (100 * iou).tolist()}
+
+
+class PanopticQuality:
+    """PQ of a class = (sum of IoU over matched pairs) / (TP + FP/2 + FN/2); then the mean over classes.
+
+    A predicted and a true segment match if they agree in class and their IoU is above 0.5; void pixels of the
+    truth do not count in the prediction's area. A prediction that is void or crowd of its class by more than
+    half is no false positive; crowd is never a false negative. Truth [1, 1, 2, 0] and prediction [1, 1, 1, 1]
+    of one class: IoU 2/3, one TP, one FN: PQ 44.4, SQ 66.7, RQ 66.7. All values are percentages, means over
+    the classes that occur; where none does, 0.
+    """
+
+    def __init__(self, num_classes, is_thing):
+        self.is_thing = torch.as_tensor(is_thing, dtype=torch.bool)
+        self.sums = torch.zeros(4, num_classes, dtype=torch.float64)     # IoU, TP, FP, FN of each class
+
+    def update(self, pred_map, pred_segments, true_map, true_segments):
+        """Maps [H, W] of segment ids, 0 void (like ids that are not listed); segments [{"id", "category_id",
+        "iscrowd" (optional)}]."""
+        pred_map, pred_class, _ = compact(pred_map, pred_segments)
+        true_map, true_class, crowd = compact(true_map, true_segments)
+        P, T = len(pred_class), len(true_class)                          # entry 0 is void, of class -1
+        overlap = torch.bincount(true_map.flatten() * P + pred_map.flatten(), minlength=T * P)
+        overlap = overlap.view(T, P).double().cpu()
+        true_area, pred_area, void = overlap.sum(1), overlap.sum(0), overlap[0]
+        same = (true_class[:, None] == pred_class) & (true_class[:, None] >= 0)          # [T, P]
+        union = true_area[:, None] + pred_area - void - overlap
+        iou = torch.where(same & ~crowd[:, None], overlap / union.clamp(min=1), 0)
+        t, p = (iou > 0.5).nonzero().unbind(1)                           # a segment is in one pair at most
+        ignored = void + (overlap * (same & crowd[:, None])).sum(0)
+        false_positive = (pred_class >= 0) & (pred_area > 0) & (ignored <= pred_area / 2)
+        false_negative = (true_class >= 0) & (true_area > 0) & ~crowd
+        false_positive[p], false_negative[t] = False, False
+        for row, classes, value in ((0, true_class[t], iou[t, p]), (1, true_class[t], 1.),
+                                    (2, pred_class[false_positive], 1.), (3, true_class[false_negative], 1.)):
+            self.sums[row].index_put_((classes,), torch.as_tensor(value).double(), accumulate=True)
+
+    def compute(self):
+        """-> PQ, SQ, RQ; the same with _th over things, _st over stuff; PQ_per_class [K] (else NaN)."""
+        iou, tp, fp, fn = sum_over_processes(self.sums)
+        occurs = tp + fp + fn > 0
+        sq, rq = iou / tp.clamp(min=1), tp / (tp + fp / 2 + fn / 2).clamp(min=0.5)
+        result = {}
+        groups = {"": occurs, "_th": occurs & self.is_thing, "_st": occurs & ~self.is_thing}
+        for suffix, group in groups.items():
+            for name, value in (("PQ", sq * rq), ("SQ", sq), ("RQ", rq)):
+                result[name + suffix] = (100 * value[group].sum() / group.sum().clamp(min=1)).item()
+        return result | {"PQ_per_class": (100 * torch.where(occurs, sq * rq, torch.nan)).tolist()}
+
+
+def compact(segment_map, segments):
+    """-> map of 0 (void), 1, 2, .. in the order of the ids; their classes, -1 first; which are crowd."""
+    segment_map = torch.as_tensor(segment_map).long()
+    segments = sorted(segments, key=lambda segment: segment["id"])
+    ids = torch.tensor([0] + [segment["id"] for segment in segments], device=segment_map.device)
+    place = torch.searchsorted(ids, segment_map).clamp(max=len(ids) - 1)
+    classes = torch.tensor([-1] + [segment["category_id"] for segment in segments])
+    crowd = torch.tensor([False] + [bool(segment.get("iscrowd")) for segment in segments])
+    return torch.where(ids[place] == segment_map, place, 0), classes, crowd
+
+
+def sum_over_processes(counts):
+    """A CPU tensor, summed over all processes."""
+    if process()[1] == 1:
+        return counts
+    total = counts.to("cuda" if dist.get_backend() == "nccl" else "cpu", copy=True)
+    dist.all_reduce(total)
+    return total.cpu()
+
+
+def process():
+    """-> rank of this process, number of processes."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+# ---------------------------------------------------------------------------------------- prediction
+@torch.no_grad()
+def network_output(model, image, size, flip=False):
+    """image [3, H, W] uint8 -> class_logits [Q, K+1], mask_logits [Q, h, w]; baselines: None, [K, h, w].
+
+    The image is resized to `size` (h, w) and padded as the model wants it; the padding is cut off the answer.
+    """
+    mean, multiple = model.backbone.mean, model.size_divisibility or 1
+    x = resize(image.to(mean.device), list(size), antialias=True)
+    padded = [side + -side % multiple for side in size]
+    canvas = mean.expand(3, *padded).clone()                             # zeros after normalisation
+    canvas[:, :size[0], :size[1]] = x.flip(-1) if flip else x
+    output = model(canvas[None])
+    if isinstance(output, tuple):
+        class_logits, logits = output[0][-1, 0], upsample(output[1][-1, 0], padded)
+    else:                                                                # the baselines: exactly 4x
+        class_logits, logits = None, upsample(output[-1, 0], [4 * side for side in output.shape[-2:]])
+    return class_logits, logits[:, :size[0], :size[1]]
+
+
+def upsample(x, size):
+    """[n, h, w] -> [n, *size], bilinear; n may be 0."""
+    return F.interpolate(x[:, None], size=tuple(size), mode="bilinear", align_corners=False)[:, 0]
+
+
+def best_class(score_maps, size):
+    """Class scores [K, h, w] of several scales, resized to the original `size`, added up -> argmax [H, W].
+
+    A few classes at a time: at most SCORES_AT_ONCE floats, however many classes and pixels there are.
+    """
+    step = max(1, SCORES_AT_ONCE // (size[0] * size[1]))
+    for start in range(0, len(score_maps[0]), step):
+        score, index = sum(upsample(scores[start:start + step], size) for scores in score_maps).max(0)
+        if start == 0:
+            best, label = score, index
+        label = torch.where(score > best, index + start, label)
+        best = torch.maximum(score, best)
+    return label
+
+
+def predict(model, image, is_thing, test_short_side, test_max_long_side, object_threshold=0.8,
+            overlap_threshold=0.8, scales=(1.,), flip=False, panoptic=True):
+    """image [3, H, W] uint8 -> class of each pixel [H, W], segment map [H, W], segments (or None, None).
+
+    `scales` and `flip` average class scores; the panoptic result is of scale 1 alone.
+    """
+    original, segment_map, segments, score_maps = image.shape[-2:], None, None, []
+    size = fit(original, test_short_side, test_max_long_side)
+    class_logits, mask_logits = network_output(model, image, size)
+    for scale in scales:
+        scaled = fit(original, int(test_short_side * scale), int(test_max_long_side * scale))
+        for mirrored in (False, True)[:1 + flip]:
+            classes, scores = class_logits, mask_logits
+            if mirrored or scaled != size:
+                classes, scores = network_output(model, image, scaled, mirrored)
+            if classes is not None:
+                scores = semantic_inference(classes[None], scores[None])[0]          # [K, h, w]
+            score_maps.append(scores.flip(-1) if mirrored else scores)
+    if panoptic and class_logits is not None:
+        score, best = class_logits.softmax(-1).max(-1)
+        keep = (best < len(is_thing)) & (score > object_threshold)       # no other can win: resize only these
+        masks = mask_logits[keep] if size == list(original) else upsample(mask_logits[keep], original)
+        segment_map, segments = panoptic_inference(class_logits[keep], masks, is_thing, object_threshold,
+                                                   overlap_threshold)
+    return best_class(score_maps, original), segment_map, segments
+
+
+# ---------------------------------------------------------------------------------------- evaluation
+def evaluate(model, dataset, inference=None, save=None, workers=0, **options):
+    """Metrics of a model in eval mode; every image counts once, however many processes share the work.
+
+    inference "panoptic": the classes of pixels come from the panoptic result (Table VII). save: a folder for
+    predictions. options: those of `predict`. -> {"mIoU", "fwIoU", "mACC", "pACC", "IoU": [K], "PQ", ..};
+    where truth or model has no instances, PQ_st alone: every class region is a segment (the paper's PQ^St).
+    """
+    (rank, world_size), annotations = process(), []
+    K, void = len(dataset.classes), void_label(len(dataset.classes))
+    instances = dataset.panoptic and type(model) is MaskFormer
+    matrix = ConfusionMatrix(K, void)
+    quality = PanopticQuality(K, dataset.is_thing if instances else [False] * K)
+    mine = Subset(dataset, range(rank, len(dataset), world_size))
+    loader = DataLoader(mine, batch_size=None, num_workers=workers)
+    for image, segment_map, class_of, crowd, name in counter(loader, "evaluating"):
+        label, predicted, segments = predict(model, image, dataset.is_thing, **options,
+                                             panoptic=instances or inference == "panoptic")
+        if inference == "panoptic":
+            class_of_id = torch.tensor([void] + [segment["category_id"] for segment in segments])
+            label = class_of_id.to(predicted.device)[predicted.long()]
+        label = label.cpu()
+        target = label_map(segment_map, class_of, void)
+        matrix.update(label, target)
+        if instances:
+            truth = [{"id": i, "category_id": c, "iscrowd": i in crowd} for i, c in class_of.items()]
+            quality.update(predicted, segments, segment_map, truth)
+        else:
+            quality.update(*class_regions(label, void), *class_regions(target, void))
+        if save:
+            annotations += save_prediction(save, name, image, dataset, label, predicted, segments)
+    if save and instances:
+        save_coco_json(save, dataset, annotations)
+    return matrix.compute() | {k: v for k, v in quality.compute().items() if instances or k == "PQ_st"}
+
+
+def class_regions(label, void=-1):
+    """Classes of pixels [H, W] -> segment map of ids class + 1, 0 where void, and its segments, all stuff."""
+    present = [k for k in label.unique().tolist() if k != void]
+    segments = [{"id": k + 1, "category_id": k, "isthing": False} for k in present]
+    return torch.where(label == void, 0, label + 1), segments
+
+
+def counter(items, text):
+    """Yields `items`; process 0 says every ten seconds how far it is."""
+    told = time.time()
+    for i, item in enumerate(items):
+        if process()[0] == 0 and time.time() - told > 10:
+            print(f"{text} {i}/{len(items)}", flush=True)
+            told = time.time()
+        yield item
+
+
+def single_numbers(metrics):
+    return {name: round(value, 3) for name, value in metrics.items() if isinstance(value, float)}
+
+
+def table_of_classes(metrics, classes):
+    """The metrics as text: a line for each class that occurs, then the single numbers."""
+    rows = [f"{name[:28]:28s} {iou:6.2f}" for name, iou in zip(classes, metrics["IoU"]) if iou == iou]
+    means = "  ".join(f"{name} {value:.2f}" for name, value in single_numbers(metrics).items())
+    return "\n".join([f"{'class':28s}    IoU", *rows, means])
+
+
+def save_metrics(path, metrics, classes, **more):
+    """metrics.json: the single numbers, and the IoU of each class that occurs by name."""
+    per_class = {name: round(iou, 3) for name, iou in zip(classes, metrics["IoU"]) if iou == iou}
+    content = more | single_numbers(metrics) | {"IoU_per_class": per_class}
+    Path(path).write_text(json.dumps(content, indent=1) + "\n")
+
+
+# ---------------------------------------------------------------------------------------- files
+def save_prediction(folder, name, image, dataset, label, segment_map, segments):
+    """Writes semantic/NAME.png (class indices), overlay/NAME.jpg and, given segments, panoptic/NAME.png
+    (COCO's format: id = R + 256 G + 65536 B). -> its entry for COCO's json, a list of one or none."""
+    folder, K = Path(folder), len(dataset.classes)
+    for kind in ("semantic", "overlay", "panoptic")[:2 if segments is None else 3]:
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    values = label.cpu().numpy().astype(np.uint8 if K <= 255 else np.uint16)
+    Image.fromarray(values).save(folder / "semantic" / f"{name}.png")
+    shown = class_regions(label, void_label(K)) if segments is None else (segment_map, segments)
+    overlay(image, *shown, dataset.classes).save(folder / "overlay" / f"{name}.jpg", quality=92)
+    if segments is None:
+        return []
+    ids = segment_map.cpu().numpy()
+    rgb = np.stack([ids % 256, ids // 256 % 256, ids // 65536], -1).astype(np.uint8)
+    Image.fromarray(rgb).save(folder / "panoptic" / f"{name}.png")
+    info = [s | {"isthing": int(s["isthing"]), "area": int((ids == s["id"]).sum())} for s in segments]
+    image_id = int(name) if name.isdigit() else name
+    return [{"image_id": image_id, "file_name": f"{name}.png", "segments_info": info}]
+
+
+def save_coco_json(folder, dataset, annotations):
+    """Writes panoptic.json in COCO's format with the annotations of all processes."""
+    parts = [annotations]
+    if process()[1] > 1:
+        parts = [None] * process()[1]
+        dist.all_gather_object(parts, annotations)
+    if process()[0] == 0:
+        categories = [{"id": k, "name": name, "isthing": int(thing)}
+                      for k, (name, thing) in enumerate(zip(dataset.classes, dataset.is_thing))]
+        annotations = sorted(sum(parts, []), key=lambda annotation: annotation["file_name"])
+        content = json.dumps({"annotations": annotations, "categories": categories})
+        (Path(folder) / "panoptic.json").write_text(content)
+
+
+# ---------------------------------------------------------------------------------------- pictures
+def overlay(image, segment_map, segments, classes, caption="", height=None):
+    """image [3, H, W] uint8 under its named segments: stuff in the color of its class, every thing in its
+    own, void as it is -> PIL picture."""
+    segments = [s for s in segments if (segment_map == s["id"]).any()]
+    masks = [segment_map.cpu() == s["id"] for s in segments]
+    steps = [s["id"] + 0.5 if s["isthing"] else s["category_id"] for s in segments]
+    colors = [colorsys.hsv_to_rgb(0.618 * i % 1, 0.75, 1 - 0.35 * (0.382 * i % 1)) for i in steps]
+    if segments:
+        colors = [tuple(int(255 * part) for part in color) for color in colors]
+        image = draw_segmentation_masks(image.cpu(), torch.stack(masks), 0.6, colors)
+    picture = to_pil_image(image)
+    zoom = (height or picture.height) / picture.height
+    picture = picture.resize((round(picture.width * zoom), round(picture.height * zoom)))
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(max(10, min(picture.size) // 20))
+    style = dict(fill="white", font=font, stroke_width=1, stroke_fill="black")
+    for mask, segment in zip(masks, segments):
+        y, x = (mask.nonzero().float().median(0).values * zoom).tolist()
+        draw.text((x, y), classes[segment["category_id"]], anchor="mm", **style)
+    draw.text((3, 1), caption, **style)
+    return picture
+
+
+def stack(rows):
+    """Rows of PIL pictures, in a row all of one height -> one picture."""
+    strips = [np.concatenate(row, 1) for row in rows]
+    width = max(strip.shape[1] for strip in strips)
+    strips = [np.pad(strip, ((0, 4), (0, width - strip.shape[1]), (0, 0)), constant_values=255)
+              for strip in strips]
+    return Image.fromarray(np.concatenate(strips))
+
+
+def some_of(dataset, n):
+    """n samples spread over the dataset."""
+    return [dataset[int(i)] for i in np.linspace(0, len(dataset) - 1, min(n, len(dataset)))]
+
+
+def draw_predictions(model, dataset, path, **options):
+    """predictions.png: image | truth | semantic | panoptic of four images."""
+    rows = []
+    for image, segment_map, class_of, crowd, name in some_of(dataset, 4):
+        truth = [{"id": i, "category_id": c, "isthing": dataset.is_thing[c]} for i, c in class_of.items()]
+        label, predicted, segments = predict(model, image, dataset.is_thing, **options)
+        views = {name: (segment_map, []), "truth": (segment_map, truth), "semantic": class_regions(label)}
+        if segments is not None:
+            views["panoptic"] = predicted, segments
+        rows.append([overlay(image, *view, dataset.classes, caption, 240) for caption, view in views.items()])
+    stack(rows).save(path)
+
+
+def draw_queries(model, dataset, path, test_short_side, test_max_long_side, **_):
+    """queries.png: three images, each with the masks of the seven queries that are surest of their class."""
+    rows = []
+    for image, *_, name in some_of(dataset, 3):
+        image = resize(image, fit(image.shape[-2:], test_short_side, test_max_long_side))
+        class_logits, mask_logits = network_output(model, image, image.shape[-2:])
+        masks = mask_logits.sigmoid().mul(255).byte().cpu()              # [Q, h, w]
+        prob, label = class_logits.softmax(-1)[:, :-1].max(-1)
+        best = prob.topk(min(7, len(prob))).indices.tolist()
+        views = {name: image} | {f"{q}: {dataset.classes[label[q]]} {prob[q]:.2f}": masks[q].expand(3, -1, -1)
+                                 for q in best}
+        rows.append([overlay(view, masks[0], [], [], caption, 180) for caption, view in views.items()])
+    stack(rows).save(path)
+
+
+# ---------------------------------------------------------------------------------------- commands
+def start_process():
+    """Joins torchrun's process group if there is one -> the device of this process."""
+    cuda = torch.cuda.is_available()
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+
+def build_model(config, num_classes, pretrained=False):
+    """The model that a training configuration (a dict of train.py's flags) describes."""
+    options = {name: config[name] for name in ("backbone", "dim", "freeze_bn")} | {"pretrained": pretrained}
+    if config["model"] == "per-pixel":
+        return PerPixelBaseline(num_classes, **options)
+    names = ("decoder_layers", "encoder_layers", "heads", "ffn_dim", "dropout")
+    options |= {name: config[name] for name in names}
+    if config["model"] == "per-pixel-plus":
+        return PerPixelBaselinePlus(num_classes, **options)
+    options |= {"num_queries": config["queries"], "size_divisibility": config["size_divisibility"]}
+    return MaskFormer(num_classes, **options)
+
+
+def load_checkpoint(path):
+    """A checkpoint of train.py -> model in eval mode, the other contents. Runs no code from the file."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    model = build_model(state["config"], len(state["classes"]))
+    model.load_state_dict(state.pop("model"))
+    return model.eval(), state
+
+
+def main():
+    text = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=text)
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="last.pt or best.pt of a run folder")
+    add("--images", nargs="+", metavar="FILE", help="own photos instead of a dataset")
+    add("--dataset", choices=DATASETS, help="the default of this and all below: as in training")
+    add("--data-root")
+    add("--split", default="val")
+    add("--test-short-side", type=int)
+    add("--test-max-long-side", type=int)
+    add("--object-threshold", type=float)
+    add("--overlap-threshold", type=float)
+    add("--scales", type=float, nargs="+", default=[1.], help="class scores are averaged over these")
+    add("--flip", action="store_true", help="and over each one's mirror image")
+    add("--inference", choices=["semantic", "panoptic"], help="how pixels get their class (Sec. 3.4)")
+    add("--workers", type=int, default=2)
+    add("--save", metavar="DIR", help="for label maps, overlays, panoptic segments and metrics")
+    args = parser.parse_args()
+
+    device = start_process()
+    model, state = load_checkpoint(args.checkpoint)
+    config = state["config"] | {name: value for name, value in vars(args).items() if value is not None}
+    options = dict(scales=args.scales, flip=args.flip, **{name: config[name] for name in TEST_OPTIONS})
+    model.to(device)
+    if args.images:
+        labels = argparse.Namespace(classes=state["classes"], is_thing=state["is_thing"])
+        for path in map(Path, args.images):
+            image = torch.from_numpy(read_image(path)).permute(2, 0, 1)
+            answer = predict(model, image, labels.is_thing, panoptic=any(labels.is_thing), **options)
+            save_prediction(args.save or "predictions", path.stem, image, labels, *answer)
+            print(f"{path}: " + ", ".join(labels.classes[k] for k in answer[0].unique().tolist()))
+        return
+    dataset = build_dataset(config["dataset"], config["data_root"], args.split)
+    metrics = evaluate(model, dataset, args.inference, args.save, args.workers, **options)
+    if process()[0] == 0:
+        print(table_of_classes(metrics, dataset.classes))
+        if args.save:
+            save_metrics(Path(args.save) / "metrics.json", metrics, dataset.classes)
+
+
+if __name__ == "__main__":
+    main()
