@@ -1,18 +1,16 @@
 """Where segments come from: datasets, augmentation, batching (MaskFormer, Sec. 4 and appendix A).
 
-Every dataset gives the same five things for an image: the image, ONE integer map that tells which segment
-each pixel belongs to (0 is void), the class of each segment id, the ids of crowd segments, and a name.
-Semantic segmentation has a segment for each class in the image, panoptic segmentation one for each object;
-nothing else differs. The map goes through the augmentation and onto the device as it is; binary masks are cut
-there.
+Every dataset gives the same five things for an image: the image, ONE integer map that tells the segment of
+each pixel (0 is void), the class of each segment id, the ids of crowd segments, and a name. Semantic data have
+a segment for each class in the image, panoptic data one for each object; nothing else differs. The map goes
+through augmentation and onto the device as it is; binary masks are cut there.
 
 Letters   B images · N segments in the batch · K classes · H W image size
 
     dataset = build_dataset("shapes", split="val")
     image, segment_map, class_of, crowd, name = dataset[0]    # [3, H, W], [H, W], {id: class}, [], "00000"
 
-Another dataset is one more function that returns a `SegmentationDataset`, and a line in DATASETS and in
-RECIPES.
+Another dataset is one more function that returns a `SegmentationDataset`, and a line in DATASETS and RECIPES.
 """
 import colorsys
 import json
@@ -58,14 +56,15 @@ RECIPES = {
 class SegmentationDataset(Dataset):
     """Images with segment maps.
 
-    pairs: list of (image file, annotation); read_segments(annotation) -> segment map [H, W], {id: class},
-    crowd ids. panoptic: whether a segment is an instance (or, for stuff, a class region) rather than always a
-    class region.
+    pairs: [(image file, annotation)]; read_segments(annotation) -> segment map [H, W], {id: class}, crowd
+    ids; panoptic: a segment of a thing is an instance; category_ids, image_ids: the publisher's.
     """
 
-    def __init__(self, pairs, classes, is_thing, read_segments, panoptic=False):
+    def __init__(self, pairs, classes, is_thing, read_segments, panoptic=False, category_ids=None,
+                 image_ids=None):
         self.pairs, self.classes, self.is_thing = pairs, list(classes), list(is_thing)
         self.read_segments, self.panoptic = read_segments, panoptic
+        self.category_ids, self.image_ids = category_ids or list(range(len(classes))), image_ids or {}
 
     def __len__(self):
         return len(self.pairs)
@@ -81,27 +80,26 @@ class SegmentationDataset(Dataset):
 
 
 def build_dataset(name, root=None, split="train", **options):
-    """name: a key of DATASETS; root: where the datasets lie (default $DATA_ROOT, else ./datasets); split:
-    train or val.
+    """A dataset of DATASETS -> with `.classes` [K] names, `.is_thing` [K] bools and `.panoptic`.
 
-    Returns a dataset with `.classes` [K] names, `.is_thing` [K] bools, `.panoptic`. Raises ValueError for an
-    unknown name or split and FileNotFoundError for another layout than the publisher's.
+    root: where the datasets lie (default $DATA_ROOT, else ./datasets); split: train or val. Raises ValueError
+    for an unknown name or split, FileNotFoundError for another layout than the publisher's.
     """
     if name not in DATASETS:
         raise ValueError(f"unknown dataset {name!r}; choose from {', '.join(DATASETS)}")
     if split not in ("train", "val"):
         raise ValueError(f"unknown split {split!r}; choose train or val")
-    dataset = DATASETS[name](Path(root or os.environ.get("DATA_ROOT") or "datasets"), split, **options)
+    root = Path(root or os.environ.get("DATA_ROOT") or "datasets")
+    dataset = DATASETS[name](root, split, **options)
     if len(dataset) == 0:
         raise FileNotFoundError(f"dataset {name!r} has no images in split {split!r} below {root}")
     return dataset
 
 
 def folder(root, split):
-    """Own semantic data: images/{train,val}/X.jpg, annotations/{train,val}/X.png (class index, 255 void),
-    classes.txt."""
+    """Own semantic data: index PNGs (255 void) and a file of class names."""
     layout = "classes.txt, images/{train,val}/X.jpg, annotations/{train,val}/X.png"
-    lines = expect(root / "classes.txt", layout).read_text(encoding="utf-8").split("\n")
+    lines = expect(root / "classes.txt", layout).read_text(encoding="utf-8-sig").split("\n")
     lines = [line.strip() for line in lines if line.strip()]
     classes = [line.removesuffix(" thing").removesuffix(" stuff") for line in lines]
     pairs = pair_files(expect(root / "images" / split, layout), expect(root / "annotations" / split, layout))
@@ -125,25 +123,25 @@ def ade20k(root, split):
 
 
 def panoptic(root, split):
-    """Own panoptic data in COCO's format: images/{train,val}/, panoptic_{train,val}/X.png,
-    panoptic_{train,val}.json."""
+    """Own panoptic data in COCO's format."""
     layout = "images/{train,val}/X.jpg, panoptic_{train,val}/X.png, panoptic_{train,val}.json"
     return coco_format(expect(root / "images" / split, layout), expect(root / f"panoptic_{split}", layout),
                        expect(root / f"panoptic_{split}.json", layout))
 
 
 def coco_format(images, maps, json_file):
-    """The COCO panoptic format: folder of images, folder of PNGs, json with categories, images and
-    annotations."""
+    """COCO's panoptic format: a folder of images, one of PNGs, a json of categories, images, annotations."""
     content = json.loads(json_file.read_text())
     categories = sorted(content["categories"], key=lambda category: category["id"])
-    index_of = {category["id"]: k for k, category in enumerate(categories)}          # COCO's ids have gaps
+    category_ids = [category["id"] for category in categories]                       # with gaps
     file_of = {image["id"]: images / image["file_name"] for image in content["images"]}
     annotations = sorted(content["annotations"], key=lambda annotation: annotation["image_id"])
     pairs = [(file_of[annotation["image_id"]], annotation) for annotation in annotations]
-    read = partial(read_panoptic_png, folder=maps, index_of=index_of)
+    index_of = {category_id: k for k, category_id in enumerate(category_ids)}
     return SegmentationDataset(pairs, [category["name"] for category in categories],
-                               [bool(category["isthing"]) for category in categories], read, panoptic=True)
+                               [bool(category["isthing"]) for category in categories],
+                               partial(read_panoptic_png, folder=maps, index_of=index_of), True, category_ids,
+                               {path.stem: annotation["image_id"] for path, annotation in pairs})
 
 
 # ---------------------------------------------------------------------------------------- drawn shapes
@@ -242,8 +240,7 @@ def expect(path, layout):
 
 
 def pair_files(images, annotations):
-    """[(image file, annotation PNG)] by equal stems, sorted. Raises FileNotFoundError for an image without
-    annotation."""
+    """[(image file, annotation PNG)] of equal stems, sorted; FileNotFoundError if an image lacks its PNG."""
     files = sorted(path for path in images.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     pairs = [(path, annotations / path.relative_to(images).with_suffix(".png")) for path in files]
     missing = [annotation for _, annotation in pairs if not annotation.exists()]
@@ -259,8 +256,8 @@ def read_image(path):
 
 
 def id_table(class_values, void):
-    """The k-th of `class_values` is how a PNG writes class k -> table [65536] of segment ids: k + 1, void 0,
-    else -1."""
+    """The k-th of `class_values` is what a PNG holds for class k -> table [65536] from values to segment ids:
+    k + 1, 0 for void, -1 for what must not occur."""
     table = np.full(65536, -1, np.int32)
     table[void] = 0
     table[list(class_values)] = np.arange(len(class_values)) + 1
@@ -310,8 +307,7 @@ def read_panoptic_png(annotation, folder, index_of):
 
 # ---------------------------------------------------------------------------------------- augmentation
 class Augmentation:
-    """Appendix A: random short side, random crop, colour distortion, flip; then padding to the crop's right
-    and bottom."""
+    """Appendix A: random short side, crop, flip, color distortion; padding at the right and the bottom."""
 
     def __init__(self, short_side, max_long_side, crop, color_distortion=True):
         self.crop = crop
@@ -332,8 +328,7 @@ class Augmentation:
 
 
 class ToTestSize:
-    """Resizes the short side to `short_side`, the long side to no more than `max_long_side`; nothing
-    random."""
+    """Resizes images as for a test; nothing is random."""
 
     def __init__(self, short_side, max_long_side):
         self.short_side, self.max_long_side = short_side, max_long_side
@@ -356,8 +351,7 @@ def pad_to(x, size, value):
 
 # ---------------------------------------------------------------------------------------- batches
 class Batch(NamedTuple):
-    """What a loader worker sends: uint8 images and integer maps. Segment n is where segment_maps[owner[n]] ==
-    ids[n]."""
+    """What loader workers send. Segment n is where segment_maps[owner[n]] == ids[n]."""
     images: torch.Tensor          # [B, 3, H, W] uint8
     segment_maps: torch.Tensor    # [B, H, W] uint8 or int32, 0 void
     ids: torch.Tensor             # [N]
@@ -406,11 +400,14 @@ class TrainingSamples(Dataset):
 
     def __init__(self, dataset, augment, seed=0, task="panoptic"):
         self.dataset, self.augment, self.seed, self.task = dataset, augment, seed, task
+        self.epoch, self.order = None, None
 
     def __getitem__(self, n):
         epoch, place = divmod(n, len(self.dataset))
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
-        image, segment_map, class_of, crowd, name = self.dataset[int(order[place])]
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset)).tolist()
+        image, segment_map, class_of, crowd, name = self.dataset[self.order[place]]
         if self.task == "semantic":
             segment_map, class_of, crowd = *merge_classes(segment_map, class_of), []
         with torch.random.fork_rng(devices=[]):
@@ -423,8 +420,7 @@ class TrainingSamples(Dataset):
 
 
 def merge_classes(segment_map, class_of):
-    """Panoptic -> semantic: the segments of a class become one with id class + 1; crowd belongs to its
-    class."""
+    """Panoptic -> semantic: the segments of a class, crowd too, become one with id class + 1."""
     labels = label_map(segment_map, class_of, void=-1) + 1
     most = max(class_of.values(), default=0)
     return labels.to(torch.uint8 if most < 255 else torch.int32), {k + 1: k for k in class_of.values()}
@@ -444,8 +440,8 @@ def void_label(num_classes):
 
 
 def collate(samples):
-    """Samples -> Batch. Images of different sizes are padded at the right and the bottom with the ImageNet
-    mean (zeros after normalisation) and void."""
+    """Samples -> Batch. Smaller images are padded right and bottom, with ImageNet's mean (zeros after its
+    normalisation) and void."""
     images, segment_maps, ids, labels, names = zip(*samples)
     size = [max(image.shape[d] for image in images) for d in (1, 2)]
     if any(list(image.shape[1:]) != size for image in images):
@@ -457,8 +453,7 @@ def collate(samples):
 
 
 class StepBatches:
-    """Batch sampler of one process: step s takes samples s * batch_size .. of the stream, split evenly over
-    the processes."""
+    """Batch sampler of one process: step s takes the samples from s * batch_size on, an equal share each."""
 
     def __init__(self, first_step, steps, batch_size, rank=0, world_size=1, accumulate=1):
         self.first, self.steps, self.accumulate = first_step, steps, accumulate

@@ -4,7 +4,7 @@ Letters   Q queries · K classes · H W size of the original image · h w size o
 
     python evaluate.py --checkpoint runs/shapes-001/last.pt                  # the metrics of its dataset
     python evaluate.py --checkpoint runs/shapes-001/last.pt --images photo.jpg --save out
-    torchrun --nproc-per-node 8 evaluate.py --checkpoint runs/ade20k-001/best.pt --flip --scales 0.5 1 1.5
+    python evaluate.py --weights maskformer_R50_bs16_160k --images photo.jpg --save out
 """
 import argparse
 import colorsys
@@ -17,14 +17,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.v2.functional import resize, to_pil_image
 from torchvision.utils import draw_segmentation_masks
 
-from data import DATASETS, build_dataset, fit, label_map, read_image, void_label
+from data import (DATASETS, RECIPES, SegmentationDataset, build_dataset, fit, label_map, read_image,
+                  void_label)
 from maskformer import (MaskFormer, PerPixelBaseline, PerPixelBaselinePlus, panoptic_inference,
                         semantic_inference)
+from pretrained import load_official
 
 SCORES_AT_ONCE = 2 ** 26              # floats of class scores at the original size held at a time
 TEST_OPTIONS = ("test_short_side", "test_max_long_side", "object_threshold", "overlap_threshold")
@@ -47,11 +49,10 @@ class ConfusionMatrix:
         K, prediction, target = self.num_classes, torch.as_tensor(prediction), torch.as_tensor(target)
         known = target != self.void
         truth, answer = target[known].long(), prediction.to(target.device)[known].long()
+        for what, values in (("target", truth), ("prediction", answer[answer != self.void])):
+            if len(values) and not 0 <= int(values.min()) <= int(values.max()) < K:
+                raise ValueError(f"a {what} holds {int(values.min())}..{int(values.max())}, not 0..{K - 1}")
         answer = answer.masked_fill(answer == self.void, K)
-        for what, values, most in (("target", truth, K - 1), ("prediction", answer, K)):
-            if len(values) and not 0 <= int(values.min()) <= int(values.max()) <= most:
-                raise ValueError(f"a {what} holds classes {int(values.min())}..{int(values.max())}, "
-                                 f"not 0..{K - 1}")
         counts = torch.bincount(truth * (K + 1) + answer, minlength=K * (K + 1))
         self.counts += counts.view(K, K + 1).cpu()
 
@@ -90,7 +91,7 @@ class PanopticQuality:
         true_map, true_class, crowd = compact(true_map, true_segments)
         P, T = len(pred_class), len(true_class)                          # entry 0 is void, of class -1
         overlap = torch.bincount(true_map.flatten() * P + pred_map.flatten(), minlength=T * P)
-        overlap = overlap.view(T, P).double().cpu()
+        overlap = overlap.view(T, P).double()
         true_area, pred_area, void = overlap.sum(1), overlap.sum(0), overlap[0]
         same = (true_class[:, None] == pred_class) & (true_class[:, None] >= 0)          # [T, P]
         union = true_area[:, None] + pred_area - void - overlap
@@ -105,23 +106,22 @@ class PanopticQuality:
             self.sums[row].index_put_((classes,), torch.as_tensor(value).double(), accumulate=True)
 
     def compute(self):
-        """-> PQ, SQ, RQ; the same with _th over things, _st over stuff; PQ_per_class [K] (else NaN)."""
+        """-> PQ, SQ, RQ; the same with _th over things, _st over stuff; PQ_per_class [K] (or NaN)."""
         iou, tp, fp, fn = sum_over_processes(self.sums)
         occurs = tp + fp + fn > 0
         sq, rq = iou / tp.clamp(min=1), tp / (tp + fp / 2 + fn / 2).clamp(min=0.5)
-        result = {}
+        values = {"PQ": sq * rq, "SQ": sq, "RQ": rq}
         groups = {"": occurs, "_th": occurs & self.is_thing, "_st": occurs & ~self.is_thing}
-        for suffix, group in groups.items():
-            for name, value in (("PQ", sq * rq), ("SQ", sq), ("RQ", rq)):
-                result[name + suffix] = (100 * value[group].sum() / group.sum().clamp(min=1)).item()
-        return result | {"PQ_per_class": (100 * torch.where(occurs, sq * rq, torch.nan)).tolist()}
+        return {"PQ_per_class": (100 * torch.where(occurs, sq * rq, torch.nan)).tolist()} | {
+            name + suffix: (100 * value[group].sum() / group.sum().clamp(min=1)).item()
+            for suffix, group in groups.items() for name, value in values.items()}
 
 
 def compact(segment_map, segments):
     """-> map of 0 (void), 1, 2, .. in the order of the ids; their classes, -1 first; which are crowd."""
-    segment_map = torch.as_tensor(segment_map).long()
+    segment_map = torch.as_tensor(segment_map).cpu().long()
     segments = sorted(segments, key=lambda segment: segment["id"])
-    ids = torch.tensor([0] + [segment["id"] for segment in segments], device=segment_map.device)
+    ids = torch.tensor([0] + [segment["id"] for segment in segments])
     place = torch.searchsorted(ids, segment_map).clamp(max=len(ids) - 1)
     classes = torch.tensor([-1] + [segment["category_id"] for segment in segments])
     crowd = torch.tensor([False] + [bool(segment.get("iscrowd")) for segment in segments])
@@ -222,8 +222,8 @@ def evaluate(model, dataset, inference=None, save=None, workers=0, **options):
     instances = dataset.panoptic and type(model) is MaskFormer
     matrix = ConfusionMatrix(K, void)
     quality = PanopticQuality(K, dataset.is_thing if instances else [False] * K)
-    mine = Subset(dataset, range(rank, len(dataset), world_size))
-    loader = DataLoader(mine, batch_size=None, num_workers=workers)
+    mine = range(rank, len(dataset), world_size)
+    loader = DataLoader(Subset(dataset, mine), batch_size=None, num_workers=workers)
     for image, segment_map, class_of, crowd, name in counter(loader, "evaluating"):
         label, predicted, segments = predict(model, image, dataset.is_thing, **options,
                                              panoptic=instances or inference == "panoptic")
@@ -247,9 +247,8 @@ def evaluate(model, dataset, inference=None, save=None, workers=0, **options):
 
 def class_regions(label, void=-1):
     """Classes of pixels [H, W] -> segment map of ids class + 1, 0 where void, and its segments, all stuff."""
-    present = [k for k in label.unique().tolist() if k != void]
-    segments = [{"id": k + 1, "category_id": k, "isthing": False} for k in present]
-    return torch.where(label == void, 0, label + 1), segments
+    return torch.where(label == void, 0, label + 1), [
+        {"id": k + 1, "category_id": k, "isthing": False} for k in label.unique().tolist() if k != void]
 
 
 def counter(items, text):
@@ -280,10 +279,10 @@ def save_metrics(path, metrics, classes, **more):
     Path(path).write_text(json.dumps(content, indent=1) + "\n")
 
 
-# ---------------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------------------------------- files and pictures
 def save_prediction(folder, name, image, dataset, label, segment_map, segments):
     """Writes semantic/NAME.png (class indices), overlay/NAME.jpg and, given segments, panoptic/NAME.png
-    (COCO's format: id = R + 256 G + 65536 B). -> its entry for COCO's json, a list of one or none."""
+    (COCO's format: id = R + 256 G + 65536 B). -> the annotations for COCO's json, one or none."""
     folder, K = Path(folder), len(dataset.classes)
     for kind in ("semantic", "overlay", "panoptic")[:2 if segments is None else 3]:
         (folder / kind).mkdir(parents=True, exist_ok=True)
@@ -293,58 +292,46 @@ def save_prediction(folder, name, image, dataset, label, segment_map, segments):
     overlay(image, *shown, dataset.classes).save(folder / "overlay" / f"{name}.jpg", quality=92)
     if segments is None:
         return []
-    ids = segment_map.cpu().numpy()
-    rgb = np.stack([ids % 256, ids // 256 % 256, ids // 65536], -1).astype(np.uint8)
+    ids = segment_map.cpu().numpy()                                      # int32
+    rgb = ids.astype("<i4").view(np.uint8).reshape(*ids.shape, 4)[..., :3]
     Image.fromarray(rgb).save(folder / "panoptic" / f"{name}.png")
-    info = [s | {"isthing": int(s["isthing"]), "area": int((ids == s["id"]).sum())} for s in segments]
-    image_id = int(name) if name.isdigit() else name
+    info = [s | {"category_id": dataset.category_ids[s["category_id"]], "area": int((ids == s["id"]).sum())}
+            for s in segments]
+    image_id = dataset.image_ids.get(name, name)
     return [{"image_id": image_id, "file_name": f"{name}.png", "segments_info": info}]
 
 
 def save_coco_json(folder, dataset, annotations):
     """Writes panoptic.json in COCO's format with the annotations of all processes."""
-    parts = [annotations]
+    parts = [annotations] * process()[1]
     if process()[1] > 1:
-        parts = [None] * process()[1]
         dist.all_gather_object(parts, annotations)
     if process()[0] == 0:
-        categories = [{"id": k, "name": name, "isthing": int(thing)}
-                      for k, (name, thing) in enumerate(zip(dataset.classes, dataset.is_thing))]
-        annotations = sorted(sum(parts, []), key=lambda annotation: annotation["file_name"])
-        content = json.dumps({"annotations": annotations, "categories": categories})
+        categories = [{"id": i, "name": name, "isthing": int(thing)} for i, name, thing in
+                      zip(dataset.category_ids, dataset.classes, dataset.is_thing)]
+        content = json.dumps({"annotations": sum(parts, []), "categories": categories})
         (Path(folder) / "panoptic.json").write_text(content)
 
 
-# ---------------------------------------------------------------------------------------- pictures
-def overlay(image, segment_map, segments, classes, caption="", height=None):
+def overlay(image, segment_map, segments, classes, caption="", box=None):
     """image [3, H, W] uint8 under its named segments: stuff in the color of its class, every thing in its
-    own, void as it is -> PIL picture."""
+    own, void as it is -> PIL picture, fitted into `box` (width, height)."""
     segments = [s for s in segments if (segment_map == s["id"]).any()]
     masks = [segment_map.cpu() == s["id"] for s in segments]
-    steps = [s["id"] + 0.5 if s["isthing"] else s["category_id"] for s in segments]
-    colors = [colorsys.hsv_to_rgb(0.618 * i % 1, 0.75, 1 - 0.35 * (0.382 * i % 1)) for i in steps]
     if segments:
-        colors = [tuple(int(255 * part) for part in color) for color in colors]
+        hues = [0.618 * (s["id"] + 0.5 if s["isthing"] else s["category_id"]) for s in segments]
+        colors = [tuple(int(255 * part) for part in colorsys.hsv_to_rgb(hue % 1, 0.75, 0.9)) for hue in hues]
         image = draw_segmentation_masks(image.cpu(), torch.stack(masks), 0.6, colors)
     picture = to_pil_image(image)
-    zoom = (height or picture.height) / picture.height
-    picture = picture.resize((round(picture.width * zoom), round(picture.height * zoom)))
+    picture = ImageOps.contain(picture, box or picture.size)
+    zoom = picture.height / image.shape[-2]
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(max(10, min(picture.size) // 20))
     style = dict(fill="white", font=font, stroke_width=1, stroke_fill="black")
     for mask, segment in zip(masks, segments):
         y, x = (mask.nonzero().float().median(0).values * zoom).tolist()
         draw.text((x, y), classes[segment["category_id"]], anchor="mm", **style)
     draw.text((3, 1), caption, **style)
-    return picture
-
-
-def stack(rows):
-    """Rows of PIL pictures, in a row all of one height -> one picture."""
-    strips = [np.concatenate(row, 1) for row in rows]
-    width = max(strip.shape[1] for strip in strips)
-    strips = [np.pad(strip, ((0, 4), (0, width - strip.shape[1]), (0, 0)), constant_values=255)
-              for strip in strips]
-    return Image.fromarray(np.concatenate(strips))
+    return ImageOps.pad(picture, box or picture.size, color="white")
 
 
 def some_of(dataset, n):
@@ -361,8 +348,9 @@ def draw_predictions(model, dataset, path, **options):
         views = {name: (segment_map, []), "truth": (segment_map, truth), "semantic": class_regions(label)}
         if segments is not None:
             views["panoptic"] = predicted, segments
-        rows.append([overlay(image, *view, dataset.classes, caption, 240) for caption, view in views.items()])
-    stack(rows).save(path)
+        rows.append(np.concatenate([overlay(image, *view, dataset.classes, caption, box=(320, 240))
+                                    for caption, view in views.items()], axis=1))
+    Image.fromarray(np.concatenate(rows)).save(path)
 
 
 def draw_queries(model, dataset, path, test_short_side, test_max_long_side, **_):
@@ -373,22 +361,23 @@ def draw_queries(model, dataset, path, test_short_side, test_max_long_side, **_)
         class_logits, mask_logits = network_output(model, image, image.shape[-2:])
         masks = mask_logits.sigmoid().mul(255).byte().cpu()              # [Q, h, w]
         prob, label = class_logits.softmax(-1)[:, :-1].max(-1)
-        best = prob.topk(min(7, len(prob))).indices.tolist()
         views = {name: image} | {f"{q}: {dataset.classes[label[q]]} {prob[q]:.2f}": masks[q].expand(3, -1, -1)
-                                 for q in best}
-        rows.append([overlay(view, masks[0], [], [], caption, 180) for caption, view in views.items()])
-    stack(rows).save(path)
+                                 for q in prob.topk(min(7, len(prob))).indices.tolist()}
+        rows.append(np.concatenate([overlay(view, masks[0], [], [], caption, box=(240, 180))
+                                    for caption, view in views.items()], axis=1))
+    Image.fromarray(np.concatenate(rows)).save(path)
 
 
 # ---------------------------------------------------------------------------------------- commands
 def start_process():
     """Joins torchrun's process group if there is one -> the device of this process."""
-    cuda = torch.cuda.is_available()
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
 
 
 def build_model(config, num_classes, pretrained=False):
@@ -404,46 +393,50 @@ def build_model(config, num_classes, pretrained=False):
     return MaskFormer(num_classes, **options)
 
 
-def load_checkpoint(path):
-    """A checkpoint of train.py -> model in eval mode, the other contents. Runs no code from the file."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    model = build_model(state["config"], len(state["classes"]))
-    model.load_state_dict(state.pop("model"))
-    return model.eval(), state
+def load(source):
+    """A checkpoint of train.py, or released weights (see pretrained.py; their classes have numbers for names)
+    -> model in eval mode, {"config", "classes", "is_thing", ..}. No code in the file is run."""
+    if str(source).endswith(".pt"):
+        state = torch.load(source, map_location="cpu", weights_only=True)
+        model = build_model(state["config"], len(state["classes"]))
+        model.load_state_dict(state.pop("model"))
+        return model.eval(), state
+    model = load_official(source)
+    K, coco = model.num_classes, model.num_classes == 133
+    sizes = dict(test_short_side=800, test_max_long_side=1333) if coco else RECIPES["ade20k"]
+    config = dict(dataset="ade20k", data_root=None, object_threshold=0.8, overlap_threshold=0.8) | sizes
+    return model, dict(config=config, classes=[f"class {k}" for k in range(K)],
+                       is_thing=[coco and k < 80 for k in range(K)])
 
 
 def main():
-    text = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=text)
-    add = parser.add_argument
-    add("--checkpoint", required=True, help="last.pt or best.pt of a run folder")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class, add = argparse.RawDescriptionHelpFormatter, parser.add_argument
+    add("--checkpoint", "--weights", required=True, metavar="FILE", help="of a run, or of the authors")
     add("--images", nargs="+", metavar="FILE", help="own photos instead of a dataset")
     add("--dataset", choices=DATASETS, help="the default of this and all below: as in training")
     add("--data-root")
     add("--split", default="val")
-    add("--test-short-side", type=int)
-    add("--test-max-long-side", type=int)
-    add("--object-threshold", type=float)
-    add("--overlap-threshold", type=float)
+    for name in TEST_OPTIONS:
+        add("--" + name.replace("_", "-"), type=float if "threshold" in name else int, metavar="N")
     add("--scales", type=float, nargs="+", default=[1.], help="class scores are averaged over these")
     add("--flip", action="store_true", help="and over each one's mirror image")
     add("--inference", choices=["semantic", "panoptic"], help="how pixels get their class (Sec. 3.4)")
     add("--workers", type=int, default=2)
     add("--save", metavar="DIR", help="for label maps, overlays, panoptic segments and metrics")
     args = parser.parse_args()
-
     device = start_process()
-    model, state = load_checkpoint(args.checkpoint)
+    model, state = load(args.checkpoint)
     config = state["config"] | {name: value for name, value in vars(args).items() if value is not None}
     options = dict(scales=args.scales, flip=args.flip, **{name: config[name] for name in TEST_OPTIONS})
     model.to(device)
     if args.images:
-        labels = argparse.Namespace(classes=state["classes"], is_thing=state["is_thing"])
+        photos = SegmentationDataset([], state["classes"], state["is_thing"], None)
         for path in map(Path, args.images):
             image = torch.from_numpy(read_image(path)).permute(2, 0, 1)
-            answer = predict(model, image, labels.is_thing, panoptic=any(labels.is_thing), **options)
-            save_prediction(args.save or "predictions", path.stem, image, labels, *answer)
-            print(f"{path}: " + ", ".join(labels.classes[k] for k in answer[0].unique().tolist()))
+            answer = predict(model, image, photos.is_thing, panoptic=any(photos.is_thing), **options)
+            save_prediction(args.save or "predictions", path.stem, image, photos, *answer)
+            print(f"{path}: " + ", ".join(photos.classes[k] for k in answer[0].unique().tolist()))
         return
     dataset = build_dataset(config["dataset"], config["data_root"], args.split)
     metrics = evaluate(model, dataset, args.inference, args.save, args.workers, **options)

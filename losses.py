@@ -34,7 +34,8 @@ def mask_classification_loss(class_logits, mask_logits, labels, masks, matches, 
     weight[no_object] = no_object_weight
     # The weights of each layer add up to n + 0.1 (B Q - n), so L weighted means are one sum over one divisor.
     # NOTE 5: the released code divides by each process's own sum of weights; with n averaged over processes
-    # the gradient does not depend on how a batch is split over them. On one process there is no difference.
+    # the gradient does not depend on how a batch is split over them. On one process there is no difference,
+    # unless an image has more segments than queries.
     ce = F.cross_entropy(class_logits.float().flatten(0, 2), wanted.flatten(), weight, reduction="sum")
     ce = ce / (n + no_object_weight * (B * Q - n))
 
@@ -43,8 +44,7 @@ def mask_classification_loss(class_logits, mask_logits, labels, masks, matches, 
 
 
 def mask_terms(mask_logits, masks, matches):
-    """Focal and dice loss, summed over the M pairs; the backward pass recomputes each chunk instead of
-    keeping it."""
+    """Focal and dice loss summed over the M pairs; chunks are recomputed in the backward pass, not kept."""
     def chunk_terms(logits, segment):                                    # [m, h, w], [m]
         truth = masks[segment]                                           # [m, H, W]
         logits = F.interpolate(logits[:, None], size=truth.shape[-2:], mode="bilinear", align_corners=False)
@@ -56,7 +56,7 @@ def mask_terms(mask_logits, masks, matches):
     focal = dice = 0 * matched.sum()                                     # a gradient for all, even if M = 0
     pairs_at_once = max(1, PIXELS_AT_ONCE // masks[0].numel()) if len(masks) else 1
     for logits, s in zip(matched.split(pairs_at_once), segment.split(pairs_at_once)):
-        f, d = checkpoint(chunk_terms, logits, s, use_reentrant=False)
+        f, d = checkpoint(chunk_terms, logits, s, use_reentrant=False, preserve_rng_state=False)
         focal, dice = focal + f, dice + d
     return focal, dice
 

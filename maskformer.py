@@ -4,13 +4,14 @@ MaskFormer answers an image with Q pairs: a class distribution over K + 1 labels
 object", and a binary mask. Two per-pixel baselines share its parts.
 
 Letters   B images · L decoder layers · Q queries · K classes · D channels of every embedding
-          H W image size · h w = H/4 W/4 (rounded up) · n kept segments
+          H W image size · h w = H/4 W/4 · n kept segments
 Paper     N is our Q · C_E and C_Q are our D · Q (script) is `segment_embed` · E_pixel is `pixel_embed`
 
-    model = MaskFormer(num_classes=150, backbone="resnet50", pretrained=False).eval() class_logits,
-    mask_logits = model(torch.randint(256, (2, 3, 128, 160)))  # [1, 2, 100, 151], [1, 2, 100, 32, 40]
+    model = MaskFormer(num_classes=150, backbone="resnet50", pretrained=False).eval()
+    images = torch.randint(256, (2, 3, 128, 160))
+    class_logits, mask_logits = model(images)                          # [1, 2, 100, 151], [1, 2, 100, 32, 40]
     mask_logits = F.interpolate(mask_logits[-1], size=(128, 160), mode="bilinear", align_corners=False)
-    scores = semantic_inference(class_logits[-1], mask_logits)               # [2, 150, 128, 160]
+    scores = semantic_inference(class_logits[-1], mask_logits)         # [2, 150, 128, 160]
 """
 import math
 
@@ -24,11 +25,10 @@ from torch import nn
 
 # ---------------------------------------------------------------------------------------- backbone
 class Backbone(nn.Module):
-    """Any timm `features_only` backbone with strides 4, 8, 16, 32, and the normalisation of its images (Sec.
-    4.1).
+    """Any timm `features_only` backbone with strides 4, 8, 16 and 32; it normalises its images itself.
 
-    freeze_bn: keep the running statistics and affine parameters of batch norms as they are; None: if
-    pretrained. Raises ValueError for a backbone without those four strides.
+    freeze_bn: batch norms keep their statistics and affine parameters; None: if `pretrained` (Sec. 4.1).
+    Raises ValueError for a backbone without those four strides.
     """
 
     def __init__(self, name, pretrained=True, freeze_bn=None):
@@ -47,15 +47,15 @@ class Backbone(nn.Module):
         self.register_buffer("std", 255 * torch.tensor(data["std"]).view(3, 1, 1), persistent=False)
 
     def forward(self, images):                                           # [B, 3, H, W], RGB 0..255
-        maps = self.body((images.float() - self.mean) / self.std)
-        maps = [maps[i] for i in self.kept]
+        features = self.body((images.float() - self.mean) / self.std)
+        features = [features[i] for i in self.kept]
         if self.nhwc:
-            maps = [norm(x).permute(0, 3, 1, 2) for norm, x in zip(self.norms, maps)]
-        return maps                                                      # four of [B, C, H/stride, W/stride]
+            features = [norm(x).permute(0, 3, 1, 2) for norm, x in zip(self.norms, features)]
+        return features                                                  # four of [B, C, H/stride, W/stride]
 
 
 def create_body(name, pretrained):
-    """timm's model, as the paper uses it."""
+    """timm's model as the paper uses it."""
     if name.startswith("swin_"):                                         # any input size
         body = timm.create_model(name, pretrained, features_only=True, drop_path_rate=0.3,
                                  strict_img_size=False, always_partition=True)
@@ -64,7 +64,7 @@ def create_body(name, pretrained):
             if isinstance(module, SwinTransformerBlock):
                 module.__class__ = PadFirstSwinBlock
         return body
-    if name == "resnet101c":                # NOTE 1: the released R101c has a wider stem and a dilated last stage
+    if name == "resnet101c":     # NOTE 1: the released R101c has a wider stem and a dilated last stage
         body = timm.create_model(name, pretrained, features_only=True, stem_width=64)
         for block, dilation in zip(body.layer4, (1, 2, 4)):
             block.conv2.dilation = block.conv2.padding = (dilation, dilation)
@@ -119,8 +119,7 @@ def init_conv(conv):
 
 # ---------------------------------------------------------------------------------------- transformer
 def sine_position(h, w, dim, device=None, temperature=10000):
-    """-> [h w, dim]: half the channels tell y, half x, in alternating sines and cosines of falling
-    frequency."""
+    """-> [h w, dim]: half the channels tell y, half x, as alternating sines and cosines (Sec. 4.1)."""
     frequency = temperature ** -(torch.arange(0, dim // 2, 2, device=device) / (dim // 2))   # [dim/4]
 
     def encode(n):                                                       # coordinates 1..n -> [n, dim/2]
@@ -141,8 +140,7 @@ class EncoderLayer(nn.TransformerEncoderLayer):
 
 
 class DecoderLayer(nn.TransformerDecoderLayer):
-    """Queries consult each other, then the image, then think alone; positions steer attention, never
-    values."""
+    """Queries consult each other, then the image, then think alone. Positions are in no value."""
 
     def forward(self, x, query_pos, memory, memory_pos):                 # x [B, Q, D], memory [B, HW/32², D]
         q, k = x + query_pos, memory + memory_pos
@@ -157,8 +155,7 @@ class MaskFormer(nn.Module):
     """Fig. 2: images [B, 3, H, W], RGB 0..255, uint8 or float -> class_logits [L, B, Q, K+1] and mask_logits
     [L, B, Q, h, w], float32. In training mode every decoder layer answers, in eval mode the last (L = 1).
 
-    encoder_layers: 6 in the panoptic ResNet models. size_divisibility: evaluation pads images to a multiple
-    of it.
+    encoder_layers: 6 in the panoptic ResNet models. size_divisibility: what evaluation pads images to.
     """
 
     def __init__(self, num_classes, backbone="resnet50", pretrained=True, num_queries=100, dim=256,
@@ -204,8 +201,7 @@ class MaskFormer(nn.Module):
         return self.decode(memory, memory_pos), pixel_embed
 
     def decode(self, memory, memory_pos):
-        """memory [B, HW/32², D] -> segment_embed [L, B, Q, D]: each layer's answer through one shared
-        norm."""
+        """memory [B, HW/32², D] -> segment_embed [L, B, Q, D]: all layers share the last norm."""
         query_pos = self.query_pos.weight                                # [Q, D]
         x = torch.zeros_like(query_pos).expand(len(memory), -1, -1)      # queries start at zero (Sec. 4.1)
         answers = []
@@ -231,8 +227,7 @@ class PerPixelBaseline(nn.Module):
 
 
 class PerPixelBaselinePlus(MaskFormer):
-    """Sec. 4, PerPixelBaseline+: MaskFormer without class head; the k-th mask is class k's score at each
-    pixel.
+    """Sec. 4, PerPixelBaseline+: MaskFormer without class head; mask k holds the scores of class k.
 
     images [B, 3, H, W] -> pixel_logits [L, B, K, h, w]. MaskFormer's arguments but `num_queries`, which is K.
     """
@@ -249,8 +244,7 @@ class PerPixelBaselinePlus(MaskFormer):
 
 # ---------------------------------------------------------------------------------------- inference
 def semantic_inference(class_logits, mask_logits):
-    """Sec. 3.4: class_logits [B, Q, K+1], mask_logits [B, Q, H, W] -> class scores [B, K, H, W], for an
-    argmax."""
+    """Sec. 3.4: class_logits [B, Q, K+1], mask_logits [B, Q, H, W] -> class scores [B, K, H, W]."""
     class_prob = class_logits.softmax(-1)[..., :-1]                      # drop "no object"
     return torch.einsum("bqk,bqhw->bkhw", class_prob, mask_logits.sigmoid())
 
@@ -289,9 +283,8 @@ def panoptic_inference(class_logits, mask_logits, is_thing, object_threshold=0.8
 def instance_inference(class_logits, mask_logits, is_thing, top_k=100):
     """The `top_k` best pairs of a query and a thing class in one image; masks may overlap.
 
-    class_logits [Q, K+1], mask_logits [Q, H, W], is_thing [K] bool -> masks [n, H, W] bool, labels [n],
-    falling scores [n]: class probability times mean mask probability inside the mask. Empty masks are left
-    out.
+    class_logits [Q, K+1], mask_logits [Q, H, W], is_thing [K] bool -> masks [n, H, W] bool, none empty,
+    labels [n], falling scores [n]: class probability times mean mask probability inside the mask.
     """
     is_thing = torch.as_tensor(is_thing, device=class_logits.device)
     things = is_thing.nonzero().squeeze(1)                               # [T]

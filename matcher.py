@@ -35,8 +35,10 @@ def hungarian_match(class_logits, mask_logits, labels, masks, owner,
     costs = []
     for b, segments in enumerate(mine):
         x, t = mask_logits[:, b].flatten(2).float(), small[segments]     # [L, Q, P], [n, P]
-        cost = (focal_weight * pairwise_focal(x, t) + dice_weight * pairwise_dice(x, t)
-                - class_weight * class_prob[:, b][..., labels[segments]])            # [L, Q, n]
+        prob = class_prob[:, b, :, :-1][..., labels[segments]]           # [L, Q, n]
+        with torch.autocast(x.device.type, enabled=False):
+            cost = (focal_weight * pairwise_focal(x, t) + dice_weight * pairwise_dice(x, t)
+                    - class_weight * prob)                               # [L, Q, n]
         costs.append(cost.flatten())
     costs = torch.cat(costs).cpu()                                       # the one copy
     if not costs.isfinite().all():
@@ -45,7 +47,7 @@ def hungarian_match(class_logits, mask_logits, labels, masks, owner,
     for b, cost in enumerate(costs.split([L * Q * len(segments) for segments in mine])):
         segments = mine[b].cpu()
         if len(segments) > Q:
-            warnings.warn(f"image {b} of the batch has {len(segments)} segments for {Q} queries: some lack one")
+            warnings.warn(f"image {b} of the batch has {len(segments)} segments but {Q} queries")
         for l, layer_cost in enumerate(cost.view(L, Q, len(segments)).numpy()):
             q, s = linear_sum_assignment(layer_cost)
             pairs += [(l, b, i, j) for i, j in zip(q, segments[s].tolist())]
@@ -53,7 +55,8 @@ def hungarian_match(class_logits, mask_logits, labels, masks, owner,
     return pairs.to(class_logits.device).unbind(1)
 
 
-def fixed_match(class_logits, mask_logits, labels, masks, owner, *weights):
+def fixed_match(class_logits, mask_logits, labels, masks, owner,
+                class_weight=None, focal_weight=None, dice_weight=None):
     """Table 4's ablation: with Q = K queries, query k is responsible for the segment of class k.
 
     Takes and returns what `hungarian_match` does; the weights are not used. Raises ValueError if Q is not K

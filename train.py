@@ -22,7 +22,7 @@ from torch import nn
 
 from data import (DATASETS, RECIPES, Augmentation, FirstImages, StepBatches, ToTestSize, TrainingSamples,
                   build_dataset, seed_of, training_batches, void_label)
-from evaluate import (TEST_OPTIONS, build_model, draw_predictions, draw_queries, evaluate, process,
+from evaluate import (TEST_OPTIONS, build_model, draw_predictions, draw_queries, evaluate, load, process,
                       save_metrics, single_numbers, start_process, table_of_classes)
 from losses import mask_classification_loss, per_pixel_loss
 from matcher import fixed_match, hungarian_match
@@ -40,8 +40,8 @@ SWIN = dict(lr=6e-5, weight_decay=1e-2, backbone_lr_factor=1., warmup=1500)
 
 def parse(argv=None):
     """The command line -> every number of a run. Defaults: the backbone's, then the dataset's recipe."""
-    text = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=text)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--dataset", default="shapes", choices=DATASETS)
     add("--data-root", metavar="DIR", help="default: $DATA_ROOT, else ./datasets; own data: its folder")
@@ -50,7 +50,7 @@ def parse(argv=None):
     add("--backbone", default="resnet50", help="any timm model with features at strides 4 to 32")
     add("--pretrained", action=switch, default=True, help="start from timm's ImageNet weights")
     add("--freeze-bn", action=switch, help="of the backbone (default: if pretrained)")
-    add("--init", metavar="CHECKPOINT", help="start from its weights; another class head is skipped")
+    add("--init", metavar="WEIGHTS", help="start from a checkpoint, or a name or file of the authors'")
     add("--matching", default="hungarian", choices=["hungarian", "fixed"])
     add("--crop", type=int, nargs=2, metavar=("H", "W"))
     add("--short-side", type=int, nargs="+", metavar="N", help="one of these, at random")
@@ -71,8 +71,7 @@ def parse(argv=None):
     swin = SWIN if chosen.backbone.startswith("swin_") else {}
     parser.set_defaults(**NUMBERS | swin | RECIPES[chosen.dataset])
     args = parser.parse_args(argv)
-    if args.freeze_bn is None:
-        args.freeze_bn = args.pretrained
+    args.freeze_bn = args.pretrained if args.freeze_bn is None else args.freeze_bn
     if args.backbone_lr_factor is None:
         args.backbone_lr_factor = 0.1 if args.pretrained else 1.
     if args.amp == "auto":
@@ -106,11 +105,7 @@ def lr_factor(step, args):
 
 def compute_loss(output, batch, count, args):
     """-> {"loss": what is minimised (Eq. 1), "loss_ce", "loss_mask", "loss_dice": its raw terms,
-    "matched_dice"}.
-
-    output: the model's; count: see `target_count`; matched_dice: mean overlap (0..1) of segments with their
-    masks.
-    """
+    "matched_dice": mean overlap of segments and their masks}. output: the model's; count: `target_count`."""
     if args.model != "maskformer":
         void = void_label(args.num_classes)
         ce = per_pixel_loss(output, batch.label_map(void), void, count)
@@ -142,8 +137,7 @@ def average_over_processes(value):
 
 
 def training_step(step, batches, model, optimizer, scaler, args):
-    """Sec. 4.2: one step on `--accumulate` batches -> the terms of `compute_loss` and grad_norm, on the
-    device."""
+    """Sec. 4.2: one step on `--accumulate` batches -> the scalars of `compute_loss` and grad_norm."""
     for group in optimizer.param_groups:
         group["lr"] = group["rate"] * lr_factor(step, args)
     torch.manual_seed(seed_of(args.seed, step, process()[0]))            # dropout, too, is known by the step
@@ -173,13 +167,12 @@ def run_folder(args):
     if process()[0] == 0 and choice[0] is None:
         numbers = (f"runs/{args.dataset}-{number:03d}" for number in range(1, 1000))
         choice[0] = next(path for path in numbers if not Path(path).exists())
+    if process()[0] == 0 and args.output and not args.resume and Path(args.output, "config.json").exists():
+        raise SystemExit(f"{args.output} holds a run: choose another --output, or --resume to continue it")
     if process()[1] > 1:
         dist.broadcast_object_list(choice)
-    folder = Path(choice[0])
-    if args.output and not args.resume and (folder / "config.json").exists():
-        raise SystemExit(f"{folder} holds a run: choose another --output, or add --resume to continue it")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    Path(choice[0]).mkdir(parents=True, exist_ok=True)
+    return Path(choice[0])
 
 
 def write_config(folder, args):
@@ -193,8 +186,7 @@ def write_config(folder, args):
 
 
 def save_checkpoint(path, parts, step, best, args, dataset):
-    """All that a resumed run needs. Process 0 writes it under another name, flushes and renames: always
-    whole."""
+    """All that a resumed run needs; written by process 0 under another name, then renamed: always whole."""
     if process()[0] > 0:
         return
     state = {name: part.state_dict() for name, part in parts.items()}
@@ -209,13 +201,14 @@ def save_checkpoint(path, parts, step, best, args, dataset):
 
 
 def start_from(model, source):
-    """--init: a checkpoint's weights, all but a class head of another size -> names of what was skipped."""
-    state, own = torch.load(source, map_location="cpu", weights_only=True)["model"], model.state_dict()
-    skipped = [name for name in own if name.startswith("to_class.") and own[name].shape != state[name].shape]
+    """--init: the weights of `source` but for a class head of another size -> names of what was skipped."""
+    state, own = load(source)[0].state_dict(), model.state_dict()
+    skipped = [name for name in own if name.startswith("to_class.") and name in state
+               and own[name].shape != state[name].shape]
     try:
         model.load_state_dict(state | {name: own[name] for name in skipped})
     except RuntimeError as error:
-        raise SystemExit(f"--init {source} is of another model than --backbone and so on describe: {error}")
+        raise SystemExit(f"--init {source} is another model than --backbone and so on describe: {error}")
     return skipped
 
 
