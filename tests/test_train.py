@@ -1,0 +1,232 @@
+"""Training: what a run guarantees, on one process and on two."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+import train
+from data import Batch, Shapes, StepBatches, TrainingSamples, collate
+from evaluate import load
+from maskformer import MaskFormer
+
+ROOT = Path(__file__).parent.parent
+TINY = ("--dim 32 --ffn-dim 64 --heads 2 --decoder-layers 2 --queries 7 --batch-size 4 --workers 0 --log-every 1 "
+        "--backbone test_resnet").split()
+
+
+@pytest.fixture(autouse=True)
+def few_images(monkeypatch):
+    """Held-out shapes: 4 instead of 100, so that a run ends in seconds."""
+    monkeypatch.setitem(train.DATASETS, "shapes", lambda root, split: original(root, split, length=4))
+
+
+original = train.DATASETS["shapes"]
+
+
+def run(*flags):
+    torch.use_deterministic_algorithms(True)
+    train.main([*TINY, *map(str, flags)])
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+# ---------------------------------------------------------------------------------------- a run
+def test_a_run_leaves_everything_it_promises(tmp_path):
+    run("--steps", 2, "--output", tmp_path / "run")
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"config.json", "log.jsonl", "last.pt", "best.pt", "metrics.json", "predictions.png", "queries.png"}
+    row = log_of(tmp_path / "run")[0]
+    assert {"step", "loss", "loss_ce", "loss_mask", "loss_dice", "lr", "images_per_s", "data_time", "memory_gb"} <= set(row)
+    assert row["loss"] == pytest.approx(row["loss_ce"] + 20 * row["loss_mask"] + row["loss_dice"], rel=1e-3)
+    assert {"mIoU", "PQ", "SQ", "RQ"} <= set(json.loads((tmp_path / "run" / "metrics.json").read_text()))
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["steps"] == 2 and config["versions"]["torch"] == torch.__version__.split("+")[0]
+    model, state = load(tmp_path / "run" / "last.pt")
+    assert state["step"] == 2 and state["classes"][0] == "stripes" and not model.training
+
+
+def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(tmp_path):
+    flags = ["--dropout", 0.1, "--save-every", 3]
+    run("--steps", 6, "--output", tmp_path / "whole", *flags)
+    real_save, saved = train.save_checkpoint, []
+
+    def interrupted(path, parts, step, *rest):
+        real_save(path, parts, step, *rest)
+        saved.append(step)
+        raise KeyboardInterrupt
+    train.save_checkpoint = interrupted
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run("--steps", 6, "--output", tmp_path / "cut", *flags)
+    finally:
+        train.save_checkpoint = real_save
+    assert saved == [3]
+    run("--steps", 6, "--output", tmp_path / "cut", "--resume", *flags)
+    whole, cut = weights(tmp_path / "whole" / "last.pt"), weights(tmp_path / "cut" / "last.pt")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_a_used_output_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "config.json").write_text("mine")
+    with pytest.raises(SystemExit, match="holds a run"):
+        run("--steps", 1, "--output", tmp_path)
+    assert (tmp_path / "config.json").read_text() == "mine"
+
+
+def test_runs_without_output_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run("--steps", 1)
+    run("--steps", 1)
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["shapes-001", "shapes-002"]
+
+
+def test_init_skips_a_class_head_of_another_size_and_nothing_else(tmp_path, capsys, monkeypatch):
+    run("--steps", 1, "--output", tmp_path / "six")
+    monkeypatch.setitem(train.DATASETS, "shapes", lambda root, split: original(root, split, num_classes=9, length=4))
+    capsys.readouterr()
+    run("--steps", 1, "--lr", 0, "--output", tmp_path / "nine", "--init", tmp_path / "six" / "last.pt")
+    assert "['to_class.weight', 'to_class.bias']" in capsys.readouterr().out
+    six, nine = weights(tmp_path / "six" / "last.pt"), weights(tmp_path / "nine" / "last.pt")
+    kept = [name for name in six if not name.startswith("to_class") and "running" not in name and "num_b" not in name]
+    assert all(torch.equal(six[name], nine[name]) for name in kept) and nine["to_class.bias"].shape == (10,)
+    with pytest.raises(SystemExit, match="another model"):
+        run("--steps", 1, "--dim", 64, "--output", tmp_path / "x", "--init", tmp_path / "six" / "last.pt")
+
+
+@pytest.mark.parametrize("model", ["per-pixel", "per-pixel-plus"])
+def test_the_baselines_train_and_score(tmp_path, model):
+    run("--steps", 2, "--model", model, "--output", tmp_path)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert "mIoU" in metrics and "PQ_st" in metrics and "PQ" not in metrics
+
+
+def test_twenty_steps_lower_the_loss_and_start_at_the_log_of_the_label_count(tmp_path):
+    run("--steps", 20, "--overfit", 4, "--lr", 2e-3, "--output", tmp_path)
+    losses = [row for row in log_of(tmp_path) if "loss" in row]
+    assert losses[0]["loss_ce"] / 2 == pytest.approx(torch.tensor(7.).log().item(), rel=0.25)
+    assert losses[-1]["loss"] < 0.8 * losses[0]["loss"]
+
+
+def test_a_non_finite_loss_stops_with_step_rate_and_names_and_saves_nothing(tmp_path):
+    with pytest.raises(SystemExit, match=r"step \d+, learning rate 1e\+30, images \d{5}, "):
+        run("--steps", 5, "--lr", 1e30, "--warmup", 0, "--clip", 0, "--schedule", "step", "--output", tmp_path)
+    assert not (tmp_path / "last.pt").exists()
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_starts_within_one_percent_of_float32(tmp_path, amp):
+    run("--steps", 1, "--output", tmp_path / "off", "--amp", "off")
+    run("--steps", 1, "--output", tmp_path / amp, "--amp", amp)
+    exact, mixed = (log_of(tmp_path / name)[0]["loss"] for name in ("off", amp))
+    assert mixed == pytest.approx(exact, rel=0.01)
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch():
+    model, batch = tiny_model(), shapes_batch(range(4))
+    whole = gradient(model, [batch])
+    parts = [shapes_batch(range(2)), shapes_batch(range(2, 4))]
+    assert (whole - gradient(tiny_model(), parts)).norm() < 1e-5 * whole.norm()
+
+
+# ---------------------------------------------------------------------------------------- optimisation
+def test_rates_and_decay_of_the_recipe():
+    args = train.parse(["--dataset", "ade20k"])
+    assert (args.batch_size, args.steps, args.clip, args.lr, args.backbone_lr_factor) == (16, 160_000, 0.01, 1e-4, 0.1)
+    groups = train.parameter_groups(MaskFormer(5, "resnet18", False), args)
+    rates = {(group["rate"], group["weight_decay"]) for group in groups}
+    assert rates == {(1e-4, 1e-4), (1e-4, 0), (1e-5, 1e-4), (1e-5, 0)}
+    assert train.lr_factor(0, args) == 1 and train.lr_factor(80_000, args) == pytest.approx(0.5 ** 0.9)
+    swin = train.parse(["--dataset", "ade20k", "--backbone", "swin_tiny_patch4_window7_224"])
+    assert (swin.lr, swin.weight_decay, swin.backbone_lr_factor, swin.warmup) == (6e-5, 1e-2, 1., 1500)
+    assert train.lr_factor(0, swin) == pytest.approx(1e-6)
+    assert train.lr_factor(1500, swin) == pytest.approx((1 - 1500 / 160_000) ** 0.9)
+    steps = train.parse(["--dataset", "ade20k", "--schedule", "step", "--milestones", "100", "200"])
+    assert [round(train.lr_factor(s, steps), 6) for s in (99, 100, 200)] == [1, 0.1, 0.01]
+
+
+def test_a_recipe_gives_way_to_a_flag():
+    assert train.parse(["--steps", "7", "--crop", "32", "64"]).crop == [32, 64]
+    assert train.parse(["--no-pretrained", "--dataset", "ade20k"]).backbone_lr_factor == 1
+
+
+# ---------------------------------------------------------------------------------------- processes
+def tiny_model():
+    """Dropout 0 and no batch norm in training mode, so that a batch may be split."""
+    torch.manual_seed(0)
+    return MaskFormer(6, "test_resnet", False, 7, dim=32, decoder_layers=2, heads=2, ffn_dim=64, dropout=0.,
+                      freeze_bn=True).train()
+
+
+def shapes_batch(indices, emptied=()):
+    args = train.parse([])
+    samples = TrainingSamples(Shapes(), train.Augmentation(args.short_side, 256, args.crop, False))
+    batch = collate([samples[i] for i in indices])
+    keep = torch.tensor([b not in emptied for b in batch.owner.tolist()], dtype=torch.bool)
+    return Batch(batch.images, batch.segment_maps, batch.ids[keep], batch.labels[keep], batch.owner[keep], batch.names)
+
+
+def gradient(model, batches):
+    """The gradient that one training step would use, as one vector."""
+    args = train.parse(["--accumulate", str(len(batches))])
+    args.num_classes = 6
+    optimizer = torch.optim.SGD([{"params": model.parameters(), "rate": 1.}], lr=0.)
+    found = []
+    optimizer.step = lambda: found.append(torch.cat([p.grad.flatten().clone() for p in model.parameters()]))
+    train.nn.utils.clip_grad_norm_, clip = lambda *_: torch.zeros(()), train.nn.utils.clip_grad_norm_
+    try:
+        train.training_step(0, batches, model, optimizer, torch.amp.GradScaler("cpu", enabled=False), args)
+    finally:
+        train.nn.utils.clip_grad_norm_ = clip
+    return found[0]
+
+
+def one_of_two(rank, port, path, emptied):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    model = nn.parallel.DistributedDataParallel(tiny_model())
+    batch = shapes_batch(range(2 * rank, 2 * rank + 2), emptied[rank])
+    found = gradient(model, [batch])
+    if rank == 0:
+        torch.save(found, path)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("emptied", [([], []), ([0], []), ([], [0, 1])], ids=["full", "one image empty", "one process empty"])
+def test_two_processes_have_the_gradient_of_one(tmp_path, emptied):
+    batch = shapes_batch(range(4), [*emptied[0], *(b + 2 for b in emptied[1])])
+    assert len(set(torch.bincount(batch.owner, minlength=4).view(2, 2).sum(1).tolist())) == 2      # unequal counts
+    whole = gradient(tiny_model(), [batch])
+    port = 20_000 + os.getpid() % 20_000
+    mp.spawn(one_of_two, (port, tmp_path / "gradient.pt", emptied), nprocs=2)
+    split = torch.load(tmp_path / "gradient.pt", weights_only=True)
+    assert (whole - split).norm() < 1e-5 * whole.norm()
+
+
+def test_the_order_of_samples_does_not_depend_on_the_number_of_processes():
+    one = [numbers for numbers in StepBatches(3, 6, 8)]
+    two = [list(StepBatches(3, 6, 8, rank, 2)) for rank in range(2)]
+    assert one == [a + b for a, b in zip(*two)]
+
+
+def test_torchrun_with_two_processes_trains_evaluates_and_ends(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+               str(20_000 + os.getpid() % 20_000), str(ROOT / "train.py"), *TINY, "--steps", "2", "--output", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert json.loads((tmp_path / "config.json").read_text())["processes"] == 2
+    assert log_of(tmp_path)[-1]["mIoU"] >= 0
