@@ -1,8 +1,8 @@
 """Where segments come from: datasets, augmentation, batching (MaskFormer, Sec. 4 and appendix A).
 
 Every dataset gives the same five things for an image: the image, ONE integer map that tells the segment of
-each pixel (0 is void), the class of each segment id, the ids of crowd segments, and a name. Semantic data have
-a segment for each class in the image, panoptic data one for each object; nothing else differs. The map goes
+each pixel (0 is void), the class of each segment id, the ids of crowd segments, and a name. Semantic data have a
+segment for each class in the image, panoptic data one for each object; nothing else differs. The map goes
 through augmentation and onto the device as it is; binary masks are cut there.
 
 Letters   B images · N segments in the batch · K classes · H W image size

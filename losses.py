@@ -19,9 +19,9 @@ def mask_classification_loss(class_logits, mask_logits, labels, masks, matches, 
     """Eq. (1), unweighted, as three scalars (ce, focal, dice), each summed over the decoder layers.
 
     class_logits [L, B, Q, K+1], mask_logits [L, B, Q, h, w], labels [N], masks [N, H, W] bool, matches: the
-    matcher's four vectors [M]. num_segments: N averaged over processes (default: this N). Void and padded
-    pixels belong to no segment: they are background of every mask, as in the released code. Only matched
-    queries are upsampled, PIXELS_AT_ONCE at a time: memory at full size grows neither with Q nor M.
+    matcher's four vectors [M]. num_segments: N averaged over processes (default: this N).
+    NOTE 6: void and padded pixels are background of every mask, as in the released code.
+    Only matched queries are upsampled, PIXELS_AT_ONCE at a time; memory there grows with neither Q nor M.
     """
     L, B, Q = class_logits.shape[:3]
     no_object = class_logits.shape[-1] - 1
