@@ -1,7 +1,7 @@
 """Where segments come from: datasets, augmentation, batching (MaskFormer, Sec. 4 and appendix A).
 
 Every dataset gives the same five things for an image: the image, ONE integer map that tells the segment of
-each pixel (0 is void), the class of each segment id, the ids of crowd segments, and a name. Semantic data have a
+each pixel (0 is void), the class of each segment id, the ids of crowd segments, a name. Semantic data have a
 segment for each class in the image, panoptic data one for each object; nothing else differs. The map goes
 through augmentation and onto the device as it is; binary masks are cut there.
 
@@ -131,7 +131,7 @@ def panoptic(root, split):
 
 def coco_format(images, maps, json_file):
     """COCO's panoptic format: a folder of images, one of PNGs, a json of categories, images, annotations."""
-    content = json.loads(json_file.read_text())
+    content = json.loads(json_file.read_text(encoding="utf-8"))
     categories = sorted(content["categories"], key=lambda category: category["id"])
     category_ids = [category["id"] for category in categories]                       # with gaps
     file_of = {image["id"]: images / image["file_name"] for image in content["images"]}
@@ -161,6 +161,7 @@ class Shapes(Dataset):
     def __init__(self, root=None, split="train", num_classes=6, size=(64, 96), length=None, seed=0):
         self.split, self.size, self.seed = split, size, seed
         self.length = length or {"train": 20_000, "val": 100}[split]
+        self.category_ids, self.image_ids = list(range(num_classes)), {}
         self.num_stuff, things = (num_classes + 1) // 2, num_classes // 2
         self.is_thing = [False] * self.num_stuff + [True] * things
         self.kinds = ((self.textures * num_classes)[:self.num_stuff] + (self.forms * num_classes)[:things])
@@ -241,7 +242,7 @@ def expect(path, layout):
 
 def pair_files(images, annotations):
     """[(image file, annotation PNG)] of equal stems, sorted; FileNotFoundError if an image lacks its PNG."""
-    files = sorted(path for path in images.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(path for path in images.rglob("[!.]*") if path.suffix.lower() in IMAGE_SUFFIXES)
     pairs = [(path, annotations / path.relative_to(images).with_suffix(".png")) for path in files]
     missing = [annotation for _, annotation in pairs if not annotation.exists()]
     if missing:
@@ -369,7 +370,8 @@ class Batch(NamedTuple):
 
     def masks(self):
         """-> [N, H, W] bool."""
-        return self.segment_maps[self.owner.to(self.segment_maps.device)] == self.ids[:, None, None]
+        owner = self.owner.to(self.ids.device, non_blocking=True)
+        return self.segment_maps[owner] == self.ids[:, None, None]
 
     def label_map(self, void):
         """-> [B, H, W] int64: the class of each pixel, or `void`."""
@@ -380,7 +382,7 @@ class Batch(NamedTuple):
 
 
 def seed_of(*numbers):
-    """One seed out of several numbers, unlike that of any others."""
+    """One seed out of several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 

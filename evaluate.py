@@ -3,7 +3,6 @@
 Letters   Q queries · K classes · H W size of the original image · h w size of the network's input
 
     python evaluate.py --checkpoint runs/shapes-001/last.pt                  # the metrics of its dataset
-    python evaluate.py --checkpoint runs/shapes-001/last.pt --images photo.jpg --save out
     python evaluate.py --weights maskformer_R50_bs16_160k --images photo.jpg --save out
 """
 import argparse
@@ -22,8 +21,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.v2.functional import resize, to_pil_image
 from torchvision.utils import draw_segmentation_masks
 
-from data import (DATASETS, RECIPES, SegmentationDataset, build_dataset, fit, label_map, read_image,
-                  void_label)
+from data import DATASETS, SegmentationDataset, build_dataset, fit, label_map, read_image, void_label
 from maskformer import (MaskFormer, PerPixelBaseline, PerPixelBaselinePlus, panoptic_inference,
                         semantic_inference)
 from pretrained import load_official
@@ -210,24 +208,24 @@ def predict(model, image, is_thing, test_short_side, test_max_long_side, object_
 
 
 # ---------------------------------------------------------------------------------------- evaluation
-def evaluate(model, dataset, inference=None, save=None, workers=0, **options):
-    """Metrics of a model in eval mode; every image counts once, however many processes share the work.
-
-    inference "panoptic": the classes of pixels come from the panoptic result (Table VII). save: a folder for
-    predictions. options: those of `predict`. -> {"mIoU", "fwIoU", "mACC", "pACC", "IoU": [K], "PQ", ..};
-    where truth or model has no instances, PQ_st alone: every class region is a segment (the paper's PQ^St).
-    """
+def evaluate(model, dataset, inference=None, save=None, workers=0, task="panoptic", **options):
+    """Metrics of a model in eval mode -> {"mIoU", "fwIoU", "mACC", "pACC", "IoU": [K], "PQ", ..}; if truth,
+    model or `task` has no instances, PQ_st alone: every class region is a segment (the paper's PQ^St). Every
+    image counts once, however many processes share the work. inference "panoptic": classes of pixels come
+    from the panoptic result, too (Table VII). save: a folder for predictions. options: those of `predict`."""
     (rank, world_size), annotations = process(), []
     K, void = len(dataset.classes), void_label(len(dataset.classes))
-    instances = dataset.panoptic and type(model) is MaskFormer
+    instances = dataset.panoptic and task == "panoptic" and type(model) is MaskFormer
+    panoptic = instances or inference == "panoptic"
+    if panoptic and type(model) is not MaskFormer:
+        raise SystemExit("--inference panoptic: the per-pixel baselines predict no segments")
     matrix = ConfusionMatrix(K, void)
     quality = PanopticQuality(K, dataset.is_thing if instances else [False] * K)
     mine = range(rank, len(dataset), world_size)
     loader = DataLoader(Subset(dataset, mine), batch_size=None, num_workers=workers)
     for image, segment_map, class_of, crowd, name in counter(loader, "evaluating"):
-        label, predicted, segments = predict(model, image, dataset.is_thing, **options,
-                                             panoptic=instances or inference == "panoptic")
-        if inference == "panoptic":
+        label, predicted, segments = predict(model, image, dataset.is_thing, panoptic=panoptic, **options)
+        if inference == "panoptic":                                      # ids are 1, 2, .. in order
             class_of_id = torch.tensor([void] + [segment["category_id"] for segment in segments])
             label = class_of_id.to(predicted.device)[predicted.long()]
         label = label.cpu()
@@ -240,7 +238,7 @@ def evaluate(model, dataset, inference=None, save=None, workers=0, **options):
             quality.update(*class_regions(label, void), *class_regions(target, void))
         if save:
             annotations += save_prediction(save, name, image, dataset, label, predicted, segments)
-    if save and instances:
+    if save and panoptic:
         save_coco_json(save, dataset, annotations)
     return matrix.compute() | {k: v for k, v in quality.compute().items() if instances or k == "PQ_st"}
 
@@ -334,15 +332,11 @@ def overlay(image, segment_map, segments, classes, caption="", box=None):
     return ImageOps.pad(picture, box or picture.size, color="white")
 
 
-def some_of(dataset, n):
-    """n samples spread over the dataset."""
-    return [dataset[int(i)] for i in np.linspace(0, len(dataset) - 1, min(n, len(dataset)))]
-
-
 def draw_predictions(model, dataset, path, **options):
     """predictions.png: image | truth | semantic | panoptic of four images."""
     rows = []
-    for image, segment_map, class_of, crowd, name in some_of(dataset, 4):
+    for i in np.linspace(0, len(dataset) - 1, min(4, len(dataset))).astype(int).tolist():
+        image, segment_map, class_of, crowd, name = dataset[i]
         truth = [{"id": i, "category_id": c, "isthing": dataset.is_thing[c]} for i, c in class_of.items()]
         label, predicted, segments = predict(model, image, dataset.is_thing, **options)
         views = {name: (segment_map, []), "truth": (segment_map, truth), "semantic": class_regions(label)}
@@ -356,7 +350,8 @@ def draw_predictions(model, dataset, path, **options):
 def draw_queries(model, dataset, path, test_short_side, test_max_long_side, **_):
     """queries.png: three images, each with the masks of the seven queries that are surest of their class."""
     rows = []
-    for image, *_, name in some_of(dataset, 3):
+    for i in np.linspace(0, len(dataset) - 1, min(3, len(dataset))).astype(int).tolist():
+        image, *_, name = dataset[i]
         image = resize(image, fit(image.shape[-2:], test_short_side, test_max_long_side))
         class_logits, mask_logits = network_output(model, image, image.shape[-2:])
         masks = mask_logits.sigmoid().mul(255).byte().cpu()              # [Q, h, w]
@@ -382,31 +377,32 @@ def start_process():
 
 def build_model(config, num_classes, pretrained=False):
     """The model that a training configuration (a dict of train.py's flags) describes."""
-    options = {name: config[name] for name in ("backbone", "dim", "freeze_bn")} | {"pretrained": pretrained}
-    if config["model"] == "per-pixel":
-        return PerPixelBaseline(num_classes, **options)
-    names = ("decoder_layers", "encoder_layers", "heads", "ffn_dim", "dropout")
-    options |= {name: config[name] for name in names}
-    if config["model"] == "per-pixel-plus":
-        return PerPixelBaselinePlus(num_classes, **options)
-    options |= {"num_queries": config["queries"], "size_divisibility": config["size_divisibility"]}
-    return MaskFormer(num_classes, **options)
+    names = ["backbone", "dim", "freeze_bn"]
+    if config["model"] != "per-pixel":
+        names += ["decoder_layers", "encoder_layers", "heads", "ffn_dim", "dropout"]
+    options = {name: config[name] for name in names} | {"pretrained": pretrained}
+    if config["model"] == "maskformer":
+        options |= {"num_queries": config["queries"], "size_divisibility": config["size_divisibility"]}
+    models = {"maskformer": MaskFormer, "per-pixel": PerPixelBaseline, "per-pixel-plus": PerPixelBaselinePlus}
+    return models[config["model"]](num_classes, **options)
 
 
 def load(source):
     """A checkpoint of train.py, or released weights (see pretrained.py; their classes have numbers for names)
     -> model in eval mode, {"config", "classes", "is_thing", ..}. No code in the file is run."""
-    if str(source).endswith(".pt"):
+    if Path(source).suffix == ".pt":
         state = torch.load(source, map_location="cpu", weights_only=True)
         model = build_model(state["config"], len(state["classes"]))
         model.load_state_dict(state.pop("model"))
         return model.eval(), state
     model = load_official(source)
-    K, coco = model.num_classes, model.num_classes == 133
-    sizes = dict(test_short_side=800, test_max_long_side=1333) if coco else RECIPES["ade20k"]
-    config = dict(dataset="ade20k", data_root=None, object_threshold=0.8, overlap_threshold=0.8) | sizes
+    K = model.num_classes
+    size = {133: (800, 1333), 171: (640, 2560), 19: (1024, 2048)}.get(K, (512, 2048))
+    size = (640, 2560) if "res640" in str(source) or "panoptic_R" in str(source) and K == 150 else size
+    config = dict(dataset="ade20k", data_root=None, task="panoptic", test_short_side=size[0],
+                  test_max_long_side=size[1], object_threshold=0.8, overlap_threshold=0.8)
     return model, dict(config=config, classes=[f"class {k}" for k in range(K)],
-                       is_thing=[coco and k < 80 for k in range(K)])
+                       is_thing=[K == 133 and k < 80 for k in range(K)])
 
 
 def main():
@@ -432,14 +428,17 @@ def main():
     model.to(device)
     if args.images:
         photos = SegmentationDataset([], state["classes"], state["is_thing"], None)
+        folder, annotations = args.save or "predictions", []
         for path in map(Path, args.images):
             image = torch.from_numpy(read_image(path)).permute(2, 0, 1)
             answer = predict(model, image, photos.is_thing, panoptic=any(photos.is_thing), **options)
-            save_prediction(args.save or "predictions", path.stem, image, photos, *answer)
+            annotations += save_prediction(folder, path.stem, image, photos, *answer)
             print(f"{path}: " + ", ".join(photos.classes[k] for k in answer[0].unique().tolist()))
-        return
+        return save_coco_json(folder, photos, annotations) if annotations else None
     dataset = build_dataset(config["dataset"], config["data_root"], args.split)
-    metrics = evaluate(model, dataset, args.inference, args.save, args.workers, **options)
+    if len(dataset.classes) != len(state["classes"]):
+        raise SystemExit(f"{args.checkpoint} has other classes than the dataset's {len(dataset.classes)}")
+    metrics = evaluate(model, dataset, args.inference, args.save, args.workers, config["task"], **options)
     if process()[0] == 0:
         print(table_of_classes(metrics, dataset.classes))
         if args.save:

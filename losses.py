@@ -21,7 +21,7 @@ def mask_classification_loss(class_logits, mask_logits, labels, masks, matches, 
     class_logits [L, B, Q, K+1], mask_logits [L, B, Q, h, w], labels [N], masks [N, H, W] bool, matches: the
     matcher's four vectors [M]. num_segments: N averaged over processes (default: this N).
     NOTE 6: void and padded pixels are background of every mask, as in the released code.
-    Only matched queries are upsampled, PIXELS_AT_ONCE at a time; memory there grows with neither Q nor M.
+    Only matched queries are upsampled to full size, and only PIXELS_AT_ONCE pixels at a time.
     """
     L, B, Q = class_logits.shape[:3]
     no_object = class_logits.shape[-1] - 1

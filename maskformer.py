@@ -91,8 +91,7 @@ class PixelDecoder(nn.Module):
         self.stem = conv_norm(coarsest, dim, 3, nn.ReLU())
         self.project = nn.ModuleList(conv_norm(c, dim, 1) for c in reversed(finer))
         self.fuse = nn.ModuleList(conv_norm(dim, dim, 3, nn.ReLU()) for _ in finer)
-        # NOTE 3: Sec. 4.1 says 1x1; the released model has 3x3.
-        self.to_pixel_embed = nn.Conv2d(dim, dim, 3, padding=1)
+        self.to_pixel_embed = nn.Conv2d(dim, dim, 3, padding=1)          # NOTE 3: 1x1 in Sec. 4.1
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 init_conv(module)
@@ -182,13 +181,14 @@ class MaskFormer(nn.Module):
 
     def forward(self, images):
         segment_embed, pixel_embed = self.embed(images)                  # [L, B, Q, D], [B, D, h, w]
-        class_logits = self.to_class(segment_embed)                      # [L, B, Q, K+1]
-        mask_embed = self.to_mask(segment_embed)                         # [L, B, Q, D]
-        mask_logits = torch.einsum("lbqd,bdhw->lbqhw", mask_embed, pixel_embed)
-        return class_logits.float(), mask_logits.float()
+        with torch.autocast(images.device.type, enabled=False):          # logits are float32, always
+            class_logits = self.to_class(segment_embed)                  # [L, B, Q, K+1]
+            mask_embed = self.to_mask(segment_embed)                     # [L, B, Q, D]
+            mask_logits = torch.einsum("lbqd,bdhw->lbqhw", mask_embed, pixel_embed)
+        return class_logits, mask_logits
 
     def embed(self, images):
-        """images -> per-segment embeddings [L, B, Q, D] and per-pixel embeddings [B, D, h, w]."""
+        """images -> per-segment embeddings [L, B, Q, D], per-pixel embeddings [B, D, h, w], both float32."""
         features = self.backbone(images)                                 # four maps, strides 4 8 16 32
         image_features = self.project(features[-1])                      # [B, D, H/32, W/32]
         memory = image_features.flatten(2).transpose(1, 2)               # [B, HW/32², D]
@@ -198,7 +198,7 @@ class MaskFormer(nn.Module):
         if len(self.encoder.layers):                                     # the FPN starts from it too
             features[-1] = memory.transpose(1, 2).reshape(image_features.shape)
         pixel_embed = self.pixel_decoder(features)                       # [B, D, h, w]
-        return self.decode(memory, memory_pos), pixel_embed
+        return self.decode(memory, memory_pos).float(), pixel_embed.float()
 
     def decode(self, memory, memory_pos):
         """memory [B, HW/32², D] -> segment_embed [L, B, Q, D]: all layers share the last norm."""
@@ -223,7 +223,8 @@ class PerPixelBaseline(nn.Module):
 
     def forward(self, images):
         pixel_embed = self.pixel_decoder(self.backbone(images))          # [B, D, h, w]
-        return self.to_class(pixel_embed)[None].float()
+        with torch.autocast(images.device.type, enabled=False):
+            return self.to_class(pixel_embed.float())[None]
 
 
 class PerPixelBaselinePlus(MaskFormer):
@@ -239,7 +240,8 @@ class PerPixelBaselinePlus(MaskFormer):
 
     def forward(self, images):
         segment_embed, pixel_embed = self.embed(images)
-        return torch.einsum("lbkd,bdhw->lbkhw", self.to_mask(segment_embed), pixel_embed).float()
+        with torch.autocast(images.device.type, enabled=False):
+            return torch.einsum("lbkd,bdhw->lbkhw", self.to_mask(segment_embed), pixel_embed)
 
 
 # ---------------------------------------------------------------------------------------- inference
@@ -269,12 +271,12 @@ def panoptic_inference(class_logits, mask_logits, is_thing, object_threshold=0.8
     for i, (c, p) in enumerate(zip(label.tolist(), score.tolist())):
         if visible[i] == 0 or whole[i] == 0 or visible[i] / whole[i] < overlap_threshold:
             continue
-        if c not in stuff:                                               # a new segment
-            thing = bool(is_thing[c])
-            segments.append({"id": len(segments) + 1, "category_id": c, "isthing": thing, "score": p})
-            if not thing:
-                stuff[c] = segments[-1]
-        segment = stuff.get(c, segments[-1])                             # stuff of one class is one segment
+        segment = stuff.get(c)                                           # stuff of one class is one segment
+        if segment is None:
+            segment = {"id": len(segments) + 1, "category_id": c, "isthing": bool(is_thing[c]), "score": p}
+            segments.append(segment)
+            if not segment["isthing"]:
+                stuff[c] = segment
         segment["score"] = max(segment["score"], p)
         segment_map[winner == i] = segment["id"]
     return segment_map, segments
@@ -286,8 +288,7 @@ def instance_inference(class_logits, mask_logits, is_thing, top_k=100):
     class_logits [Q, K+1], mask_logits [Q, H, W], is_thing [K] bool -> masks [n, H, W] bool, none empty,
     labels [n], falling scores [n]: class probability times mean mask probability inside the mask.
     """
-    is_thing = torch.as_tensor(is_thing, device=class_logits.device)
-    things = is_thing.nonzero().squeeze(1)                               # [T]
+    things = torch.as_tensor(is_thing, device=class_logits.device).nonzero().squeeze(1)      # [T]
     prob = class_logits.softmax(-1)[:, things]                           # [Q, T]
     score, pair = prob.flatten().topk(min(top_k, prob.numel()))
     query, label = pair // max(len(things), 1), things[pair % max(len(things), 1)]

@@ -34,6 +34,7 @@ def hungarian_match(class_logits, mask_logits, labels, masks, owner,
     mine = [(owner == b).nonzero().squeeze(1) for b in range(B)]         # each image's segments
     costs = []
     for b, segments in enumerate(mine):
+        segments = segments.to(small.device, non_blocking=True)
         x, t = mask_logits[:, b].flatten(2).float(), small[segments]     # [L, Q, P], [n, P]
         prob = class_prob[:, b, :, :-1][..., labels[segments]]           # [L, Q, n]
         with torch.autocast(x.device.type, enabled=False):

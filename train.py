@@ -18,17 +18,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from data import (DATASETS, RECIPES, Augmentation, FirstImages, StepBatches, ToTestSize, TrainingSamples,
-                  build_dataset, seed_of, training_batches, void_label)
+                  build_dataset, seed_of, training_batches)
 from evaluate import (TEST_OPTIONS, build_model, draw_predictions, draw_queries, evaluate, load, process,
                       save_metrics, single_numbers, start_process, table_of_classes)
 from losses import mask_classification_loss, per_pixel_loss
 from matcher import fixed_match, hungarian_match
 
 AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 NUMBERS = dict(                                       # flags that take a number; the paper's are the defaults
     queries=100, dim=256, decoder_layers=6, encoder_layers=0, heads=8, ffn_dim=2048, dropout=0.1, # Sec. 4.1
     class_weight=1., focal_weight=20., dice_weight=1., no_object_weight=0.1,                      # Eq. (1)
@@ -66,8 +66,8 @@ def parse(argv=None):
     for name in ("batch_size", "steps", "max_long_side", "test_short_side", "test_max_long_side"):
         add("--" + name.replace("_", "-"), type=int, metavar="N", help="default: as the recipe says")
     for name, default in NUMBERS.items():
-        add("--" + name.replace("_", "-"), type=type(default), metavar="N", help=f"default: {default}")
-    chosen, _ = parser.parse_known_args(argv)
+        add("--" + name.replace("_", "-"), type=type(default), metavar="N", help=f"{default} or the recipe's")
+    chosen, _ = parser.parse_known_args(argv)                            # for the defaults of all others
     swin = SWIN if chosen.backbone.startswith("swin_") else {}
     parser.set_defaults(**NUMBERS | swin | RECIPES[chosen.dataset])
     args = parser.parse_args(argv)
@@ -75,7 +75,7 @@ def parse(argv=None):
     if args.backbone_lr_factor is None:
         args.backbone_lr_factor = 0.1 if args.pretrained else 1.
     if args.amp == "auto":
-        args.amp = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "off"
+        args.amp = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(False) else "off"
     return args
 
 
@@ -107,8 +107,7 @@ def compute_loss(output, batch, count, args):
     """-> {"loss": what is minimised (Eq. 1), "loss_ce", "loss_mask", "loss_dice": its raw terms,
     "matched_dice": mean overlap of segments and their masks}. output: the model's; count: `target_count`."""
     if args.model != "maskformer":
-        void = void_label(args.num_classes)
-        ce = per_pixel_loss(output, batch.label_map(void), void, count)
+        ce = per_pixel_loss(output, batch.label_map(void=-1), void=-1, num_pixels=count)
         return {"loss": ce, "loss_ce": ce}
     class_logits, mask_logits = output                                   # [L, B, Q, K+1], [L, B, Q, h, w]
     masks = batch.masks()                                                # [N, H, W]
@@ -124,8 +123,9 @@ def compute_loss(output, batch, count, args):
 
 def target_count(batches, args):
     """Segments (baselines: labelled pixels) of a forward pass, averaged over passes and processes."""
-    count = torch.tensor(sum(len(batch.labels) for batch in batches), device=batches[0].labels.device)
-    if args.model != "maskformer":
+    if args.model == "maskformer":                                       # torch.full: no wait for a GPU
+        count = torch.full((), sum(len(batch.labels) for batch in batches), device=batches[0].labels.device)
+    else:
         count = sum((batch.label_map(void=-1) >= 0).sum() for batch in batches)
     return average_over_processes(count / len(batches))
 
@@ -143,7 +143,7 @@ def training_step(step, batches, model, optimizer, scaler, args):
     torch.manual_seed(seed_of(args.seed, step, process()[0]))            # dropout, too, is known by the step
     count, sums, device = target_count(batches, args), {}, batches[0].images.device
     for batch in batches:
-        wait = process()[1] > 1 and batch is not batches[-1]             # processes meet in the last pass
+        wait = process()[1] > 1 and batch is not batches[-1]             # DDP adds up in the last pass
         with model.no_sync() if wait else contextlib.nullcontext():
             with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
                 output = model(batch.images)
@@ -177,11 +177,11 @@ def run_folder(args):
 
 def write_config(folder, args):
     """config.json: every flag, the versions and the git revision."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    git = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    packages = ("torch", "torchvision", "timm", "scipy", "numpy", "pillow")
-    content = vars(args) | {"versions": {name: importlib.metadata.version(name) for name in packages},
-                            "git": git.stdout.strip() or None, "processes": process()[1]}
+    git, command = None, ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    with contextlib.suppress(OSError):                                   # no git here
+        git = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "timm", "scipy")}
+    content = vars(args) | {"versions": versions, "git": git and git.strip(), "processes": process()[1]}
     (folder / "config.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -203,23 +203,22 @@ def save_checkpoint(path, parts, step, best, args, dataset):
 def start_from(model, source):
     """--init: the weights of `source` but for a class head of another size -> names of what was skipped."""
     state, own = load(source)[0].state_dict(), model.state_dict()
-    skipped = [name for name in own if name.startswith("to_class.") and name in state
-               and own[name].shape != state[name].shape]
-    try:
-        model.load_state_dict(state | {name: own[name] for name in skipped})
-    except RuntimeError as error:
-        raise SystemExit(f"--init {source} is another model than --backbone and so on describe: {error}")
-    return skipped
+    fitting = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
+    skipped = sorted((own.keys() | state.keys()) - fitting.keys())
+    wrong = [name for name in skipped if not name.startswith("to_class.") and "num_batches" not in name]
+    if wrong:
+        raise SystemExit(f"--init {source}: another model than the flags describe: {', '.join(wrong[:4])} ..")
+    model.load_state_dict(fitting, strict=False)
+    return [name for name in skipped if "num_batches" not in name]
 
 
 def write_log(folder, args, step, terms, seconds, data_seconds):
-    """A line in log.jsonl and one on the console: means over the last steps, whose scalars `terms` lists.
-    Raises FloatingPointError if the loss is not finite."""
+    """Means over the last steps, to log.jsonl and console; FloatingPointError if one is not finite."""
     names, n, memory = list(terms[0]), len(terms), torch.cuda.max_memory_allocated()
     means = torch.stack([torch.stack([term[name] for name in names]) for term in terms]).mean(0)
     means = average_over_processes(means).tolist()
-    if not math.isfinite(means[0]):
-        raise FloatingPointError("the loss is not finite")
+    if not all(map(math.isfinite, means[:-1] if args.amp == "fp16" else means)):     # fp16 may skip a step
+        raise FloatingPointError("the loss or its gradient is not finite")
     if process()[0] > 0:
         return
     row = {"step": step} | {name: round(mean, 5) for name, mean in zip(names, means)} | {
@@ -249,9 +248,9 @@ def hold_out(model, test_set, folder, step, args):
     """Evaluates -> metrics; writes them to metrics.json and log.jsonl, draws predictions.png and
     queries.png."""
     options = {name: getattr(args, name) for name in TEST_OPTIONS}
-    for buffer in model.buffers() if process()[1] > 1 else []:           # batch norms differ
+    for buffer in model.buffers() if process()[1] > 1 else []:           # statistics of batch norms
         dist.broadcast(buffer, 0)
-    metrics = evaluate(model.eval(), test_set, workers=args.workers, **options)
+    metrics = evaluate(model.eval(), test_set, workers=args.workers, task=args.task, **options)
     if process()[0] == 0:
         draw_predictions(model, test_set, folder / "predictions.png", **options)
         if args.model == "maskformer":
@@ -259,27 +258,34 @@ def hold_out(model, test_set, folder, step, args):
         save_metrics(folder / "metrics.json", metrics, test_set.classes, step=step)
         with open(folder / "log.jsonl", "a") as file:
             file.write(json.dumps({"step": step} | single_numbers(metrics)) + "\n")
-        means = "  ".join(f"{name} {value:.2f}" for name, value in single_numbers(metrics).items())
-        print(f"step {step}/{args.steps}  held-out  {means}", flush=True)
+        print(f"step {step}/{args.steps}  held-out  {single_numbers(metrics)}", flush=True)
     model.train()
     return metrics
 
 
 def prepare(args, folder, device, world_size):
     """-> {"model", "optimizer", "scaler"}, first step, best score so far: of a new run or of last.pt."""
-    last = torch.load(folder / "last.pt", "cpu", weights_only=True) if (folder / "last.pt").exists() else None
+    resumes = args.resume and (folder / "last.pt").exists()
+    last = torch.load(folder / "last.pt", "cpu", weights_only=True) if resumes else None
     torch.manual_seed(args.seed)
     model = build_model(vars(args), args.num_classes, args.pretrained and not args.init and not last)
     if args.init and not last:
-        print(f"starts from {args.init}, without {start_from(model, args.init) or 'exception'}")
+        skipped = start_from(model, args.init)
+        print(f"starts from {args.init}; skipped: {', '.join(skipped) or 'nothing'}")
     if device.type == "cuda" and world_size > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = convert_sync_batchnorm(model)
     model.to(device).train()
     parts = {"model": model, "optimizer": torch.optim.AdamW(parameter_groups(model, args), fused=True),
              "scaler": torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")}
-    for name, part in parts.items() if last else ():
-        part.load_state_dict(last[name])
-    return parts, last["step"] if last else 0, last["best"] if last else -1.
+    for name, part in parts.items():
+        if last and last[name]:
+            part.load_state_dict(last[name])
+    for group, new in zip(parts["optimizer"].param_groups, parameter_groups(model, args)):
+        group |= {"rate": new["rate"], "weight_decay": new["weight_decay"]}  # the flags', also if resumed
+    first = last["step"] if last else 0
+    if average_over_processes(torch.tensor(float(first), device=device)) != first:
+        raise SystemExit(f"not all processes see {folder}/last.pt: they would resume from different steps")
+    return parts, first, last["best"] if last else -1.
 
 
 def train(args, device):
@@ -291,9 +297,8 @@ def train(args, device):
     model, optimizer, scaler = parts.values()
     if rank == 0:
         write_config(folder, args)
-        size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        print(f"{args.model}, {args.backbone}, {size:.1f}M parameters; {args.dataset}, "
-              f"{len(samples.dataset)} images, {args.num_classes} classes; {world_size} x {device}; {folder}")
+        print(f"{args.model}, {args.backbone}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M, "
+              f"{args.dataset}, {len(samples.dataset)} images, {world_size} x {device}, {folder}", flush=True)
     parallel = torch.compile(model) if args.compile else model
     if world_size > 1:
         parallel = nn.parallel.DistributedDataParallel(parallel, [device] if device.type == "cuda" else None)
@@ -307,7 +312,7 @@ def train(args, device):
         data_seconds += time.time() - tick
         try:
             terms.append(training_step(step, batches, parallel, optimizer, scaler, args))
-            if done % args.log_every == 0 or done % args.save_every == 0 or end:
+            if end or 0 in (done % args.log_every, done % args.save_every, done % args.eval_every):
                 write_log(folder, args, done, terms, time.time() - clock, data_seconds)
                 terms, clock, data_seconds = [], time.time(), 0.
         except FloatingPointError as error:
@@ -316,8 +321,7 @@ def train(args, device):
                              f"images {names}. Checkpoints are untouched. Try a lower --lr or --amp off")
         if done % args.eval_every == 0 or end:
             metrics, clock = hold_out(model, test_set, folder, done, args), time.time()
-            score = metrics.get("PQ", metrics["mIoU"])
-            if score > best:
+            if (score := metrics.get("PQ", metrics["mIoU"])) > best:
                 best = score
                 save_checkpoint(folder / "best.pt", parts, done, best, args, test_set)
         if done % args.save_every == 0 or end:
@@ -329,14 +333,15 @@ def main(argv=None):
     args = parse(argv)
     device = start_process()
     if args.batch_size % (process()[1] * args.accumulate):
-        raise SystemExit(f"--batch-size {args.batch_size} does not divide by {process()[1]} processes x "
+        raise SystemExit(f"--batch-size {args.batch_size} is not divisible by {process()[1]} processes x "
                          f"--accumulate {args.accumulate}")
+    if args.resume and not args.output:
+        raise SystemExit("--resume needs the --output to continue")
     started = time.time()
     test_set, metrics, folder = train(args, device)
     if process()[0] == 0:
         print(table_of_classes(metrics, test_set.classes))
-        took = datetime.timedelta(seconds=round(time.time() - started))
-        print(f"{took} in all. Checkpoints, metrics.json, log.jsonl, predictions.png, queries.png: {folder}")
+        print(f"{datetime.timedelta(seconds=round(time.time() - started))} in all; everything is in {folder}")
     if dist.is_initialized():
         dist.destroy_process_group()
 

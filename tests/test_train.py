@@ -9,8 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from PIL import Image
 from torch import nn
 
+import evaluate
 import train
 from data import Batch, Shapes, StepBatches, TrainingSamples, collate
 from evaluate import load
@@ -98,7 +100,7 @@ def test_init_skips_a_class_head_of_another_size_and_nothing_else(tmp_path, caps
     monkeypatch.setitem(train.DATASETS, "shapes", lambda root, split: original(root, split, num_classes=9, length=4))
     capsys.readouterr()
     run("--steps", 1, "--lr", 0, "--output", tmp_path / "nine", "--init", tmp_path / "six" / "last.pt")
-    assert "['to_class.weight', 'to_class.bias']" in capsys.readouterr().out
+    assert "skipped: to_class.bias, to_class.weight" in capsys.readouterr().out
     six, nine = weights(tmp_path / "six" / "last.pt"), weights(tmp_path / "nine" / "last.pt")
     kept = [name for name in six if not name.startswith("to_class") and "running" not in name and "num_b" not in name]
     assert all(torch.equal(six[name], nine[name]) for name in kept) and nine["to_class.bias"].shape == (10,)
@@ -230,3 +232,57 @@ def test_torchrun_with_two_processes_trains_evaluates_and_ends(tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     assert json.loads((tmp_path / "config.json").read_text())["processes"] == 2
     assert log_of(tmp_path)[-1]["mIoU"] >= 0
+
+
+# ---------------------------------------------------------------------------------------- evaluation as a command
+def command(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--workers", "0", *map(str, flags)])
+    evaluate.main()
+
+
+def test_a_checkpoint_is_evaluated_and_its_predictions_saved(tmp_path, monkeypatch, capsys):
+    run("--steps", 1, "--output", tmp_path)
+    command(monkeypatch, "--checkpoint", tmp_path / "last.pt", "--save", tmp_path / "out", "--scales", 0.5, 1, "--flip")
+    assert "mIoU" in capsys.readouterr().out
+    content = json.loads((tmp_path / "out" / "panoptic.json").read_text())
+    assert len(content["annotations"]) == 4 and [c["isthing"] for c in content["categories"]] == [0, 0, 0, 1, 1, 1]
+    for kind in ("semantic", "panoptic", "overlay"):
+        assert len(list((tmp_path / "out" / kind).iterdir())) == 4
+    assert "PQ" in json.loads((tmp_path / "out" / "metrics.json").read_text())
+
+
+def test_own_photos_get_a_label_map_an_overlay_and_segments(tmp_path, monkeypatch):
+    run("--steps", 1, "--output", tmp_path)
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "photo.jpg")
+    command(monkeypatch, "--checkpoint", tmp_path / "last.pt", "--images", tmp_path / "photo.jpg", "--save", tmp_path / "out")
+    assert Image.open(tmp_path / "out" / "semantic" / "photo.png").size == (50, 40)
+    assert (tmp_path / "out" / "panoptic.json").exists() and (tmp_path / "out" / "overlay" / "photo.jpg").exists()
+
+
+def test_a_dataset_of_another_class_count_is_refused(tmp_path, monkeypatch):
+    run("--steps", 1, "--output", tmp_path)
+    monkeypatch.setitem(train.DATASETS, "shapes", lambda root, split: original(root, split, num_classes=9, length=4))
+    with pytest.raises(SystemExit, match="other classes"):
+        command(monkeypatch, "--checkpoint", tmp_path / "last.pt")
+
+
+def test_a_run_for_semantic_masks_is_scored_without_instances(tmp_path):
+    run("--steps", 1, "--task", "semantic", "--matching", "fixed", "--queries", 6, "--output", tmp_path)
+    assert "PQ" not in json.loads((tmp_path / "metrics.json").read_text())
+
+
+def test_a_resumed_run_follows_the_new_rate_and_needs_an_output(tmp_path):
+    run("--steps", 1, "--output", tmp_path)
+    run("--steps", 2, "--lr", 1e-9, "--weight-decay", 0, "--output", tmp_path, "--resume")
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert {group["rate"] for group in state["optimizer"]["param_groups"]} == {1e-9} and state["step"] == 2
+    with pytest.raises(SystemExit, match="--output"):
+        run("--resume")
+
+
+def test_a_gradient_that_is_not_finite_stops_before_a_checkpoint(tmp_path, monkeypatch):
+    clip = train.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(train.nn.utils, "clip_grad_norm_", lambda *args: clip(*args) * torch.nan)
+    with pytest.raises(SystemExit, match="gradient is not finite"):
+        run("--steps", 2, "--output", tmp_path)
+    assert not (tmp_path / "last.pt").exists() and not (tmp_path / "best.pt").exists()
