@@ -406,6 +406,7 @@ def load(source):
 
 
 def main():
+    """The command: see the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class, add = argparse.RawDescriptionHelpFormatter, parser.add_argument
     add("--checkpoint", "--weights", required=True, metavar="FILE", help="of a run, or of the authors")

@@ -245,8 +245,7 @@ def load_datasets(args):
 
 
 def hold_out(model, test_set, folder, step, args):
-    """Evaluates -> metrics; writes them to metrics.json and log.jsonl, draws predictions.png and
-    queries.png."""
+    """Evaluates -> metrics; writes metrics.json and a line of log.jsonl, draws the two pictures."""
     options = {name: getattr(args, name) for name in TEST_OPTIONS}
     for buffer in model.buffers() if process()[1] > 1 else []:           # statistics of batch norms
         dist.broadcast(buffer, 0)
@@ -330,8 +329,8 @@ def train(args, device):
 
 
 def main(argv=None):
-    args = parse(argv)
-    device = start_process()
+    """The command: see the top of this file."""
+    args, device = parse(argv), start_process()
     if args.batch_size % (process()[1] * args.accumulate):
         raise SystemExit(f"--batch-size {args.batch_size} is not divisible by {process()[1]} processes x "
                          f"--accumulate {args.accumulate}")
