@@ -10,14 +10,21 @@ Letters   B images · N segments in the batch · K classes · H W image size
     dataset = build_dataset("shapes", split="val")
     image, segment_map, class_of, crowd, name = dataset[0]    # [3, H, W], [H, W], {id: class}, [], "00000"
 
-Another dataset is one more function that returns a `SegmentationDataset`, and a line in DATASETS and RECIPES.
+Another dataset is one more function that returns a `SegmentationDataset`, and a line in RECIPES and DATASETS.
 """
+import cmath
 import colorsys
+import hashlib
 import json
+import math
 import os
+import shutil
+import time
+import urllib.request
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -27,44 +34,64 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+class UserError(ValueError):
+    """Something that whoever runs this can mend; the message says what and how."""
 
 
 # ---------------------------------------------------------------------------------------- recipes
-def tenths(side, first, last):
-    """The paper's training sizes: int(0.1 k side) for k = first..last."""
-    return [int(0.1 * k * side) for k in range(first, last + 1)]
+def paper(crop, side, tenths, test_max_long_side, batch_size, steps, **more):
+    """A line of appendix A's table. Training resizes the short side of an image to one of int(0.1 k side), k
+    in `tenths`, and cuts out `crop` (H, W); a test resizes it to `side`. All sizes are pixels."""
+    return dict(crop=crop, short_side=[int(0.1 * k * side) for k in tenths], max_long_side=4 * side,
+                test_short_side=side, test_max_long_side=test_max_long_side, batch_size=batch_size,
+                steps=steps) | more
 
 
-# Appendix A; the defaults of `train.py`. The short side of an image is resized to one of `short_side` (its
-# long side to no more than `max_long_side`), then `crop` is cut out. All are pixels.
+HALF_TO_DOUBLE = range(5, 21)
 RECIPES = {
-    "ade20k": dict(crop=(512, 512), short_side=tenths(512, 5, 20), max_long_side=2048, test_short_side=512,
-                   test_max_long_side=2048, batch_size=16, steps=160_000),
-    "folder": dict(crop=(512, 512), short_side=tenths(512, 5, 20), max_long_side=2048, test_short_side=512,
-                   test_max_long_side=2048, batch_size=16, steps=40_000),
-    "panoptic": dict(crop=(640, 640), short_side=tenths(640, 5, 20), max_long_side=2560, test_short_side=640,
-                     test_max_long_side=2560, batch_size=16, steps=40_000, object_threshold=0.7),
-    "shapes": dict(crop=(64, 96), short_side=[56, 64, 72], max_long_side=256, test_short_side=64,
-                   test_max_long_side=96, batch_size=16, steps=700, backbone="resnet10t", pretrained=False,
-                   queries=20, decoder_layers=3, dim=64, heads=4, ffn_dim=256, dropout=0., lr=2e-3, clip=0.1,
-                   warmup=20, color_distortion=False),
+    "ade20k": paper((512, 512), 512, HALF_TO_DOUBLE, 2048, 16, 160_000),
+    "ade20k-full": paper((512, 512), 512, HALF_TO_DOUBLE, 2048, 16, 200_000),
+    "coco-stuff-10k": paper((640, 640), 640, range(5, 16), 2560, 32, 60_000, size_divisibility=0),
+    "cityscapes": paper((512, 1024), 1024, HALF_TO_DOUBLE, 2048, 16, 90_000),
+    "mapillary": paper((1280, 1280), 2048, HALF_TO_DOUBLE, 2048, 16, 300_000),
+    "ade20k-panoptic": paper((640, 640), 640, HALF_TO_DOUBLE, 2560, 16, 720_000, encoder_layers=6,
+                             object_threshold=0.7),
+    "coco-panoptic": paper(None, 800, [], 1333, 64, 554_400, short_side=list(range(480, 801, 32)),
+                           max_long_side=1333, augmentation="detr", encoder_layers=6, size_divisibility=0,
+                           schedule="step", milestones=[369_600]),
+    # Not in the paper: like its nearest.
+    "cityscapes-panoptic": paper((512, 1024), 1024, HALF_TO_DOUBLE, 2048, 16, 90_000, encoder_layers=6),
+    "voc": paper((512, 512), 512, HALF_TO_DOUBLE, 2048, 16, 40_000),
+    "folder": paper((512, 512), 512, HALF_TO_DOUBLE, 2048, 16, 40_000),
+    "panoptic": paper((640, 640), 640, HALF_TO_DOUBLE, 2560, 16, 40_000, object_threshold=0.7),
+    "shapes": paper((64, 96), 64, [], 96, 16, 700, short_side=[56, 64, 72], backbone="resnet10t",
+                    pretrained=False, queries=20, decoder_layers=3, dim=64, heads=4, ffn_dim=256, dropout=0.,
+                    lr=2e-3, clip=0.1, warmup=20, color_distortion=False),
 }
+SWIN = dict(lr=6e-5, weight_decay=1e-2, backbone_lr_factor=1., warmup=1500, encoder_layers=0)
+
+
+def recipe(dataset, backbone="resnet50"):
+    """The defaults of train.py's flags: the dataset's, a Swin's own, and the large ones' size on ADE20K."""
+    swin = SWIN if backbone.startswith("swin_") and dataset != "shapes" else {}
+    large = dataset == "ade20k" and swin and "384" in backbone
+    sizes = paper((640, 640), 640, HALF_TO_DOUBLE, 2560, 16, 160_000) if large else {}
+    return RECIPES[dataset] | swin | sizes
 
 
 # ---------------------------------------------------------------------------------------- datasets
+@dataclass(eq=False)
 class SegmentationDataset(Dataset):
-    """Images with segment maps.
-
-    pairs: [(image file, annotation)]; read_segments(annotation) -> segment map [H, W], {id: class}, crowd
-    ids; panoptic: a segment of a thing is an instance; category_ids, image_ids: the publisher's.
-    """
-
-    def __init__(self, pairs, classes, is_thing, read_segments, panoptic=False, category_ids=None,
-                 image_ids=None):
-        self.pairs, self.classes, self.is_thing = pairs, list(classes), list(is_thing)
-        self.read_segments, self.panoptic = read_segments, panoptic
-        self.category_ids, self.image_ids = category_ids or list(range(len(classes))), image_ids or {}
+    """Images with segment maps."""
+    pairs: list                   # of (image file, annotation)
+    classes: list                 # K names
+    is_thing: list                # K bools
+    read_segments: Callable       # annotation -> segment map [H, W], {id: class}, crowd ids
+    category_ids: list            # the publisher's number of each class
+    panoptic: bool = False        # each segment of a thing is an instance
+    image_ids: dict = field(default_factory=dict)     # the publisher's, by name
+    shrink_to: float = math.inf   # short side of images that are larger
 
     def __len__(self):
         return len(self.pairs)
@@ -74,99 +101,201 @@ class SegmentationDataset(Dataset):
         image = torch.from_numpy(read_image(path)).permute(2, 0, 1)      # [3, H, W]
         segment_map, class_of, crowd = self.read_segments(annotation)
         if segment_map.shape != image.shape[1:]:
-            raise ValueError(f"{path} is {tuple(image.shape[1:])}, its annotation {segment_map.shape}: "
-                             "make their heights and widths equal")
-        return image, torch.from_numpy(segment_map), class_of, crowd, Path(path).stem
+            raise UserError(f"{path} is {tuple(image.shape[1:])}, its annotation {segment_map.shape}: "
+                            "make their heights and widths equal")
+        segment_map = torch.from_numpy(segment_map)
+        if min(segment_map.shape) > self.shrink_to:
+            image, segment_map = resized(image, segment_map, self.shrink_to)
+        return image, segment_map, class_of, crowd, Path(path).stem
 
 
 def build_dataset(name, root=None, split="train", **options):
     """A dataset of DATASETS -> with `.classes` [K] names, `.is_thing` [K] bools and `.panoptic`.
 
-    root: where the datasets lie (default $DATA_ROOT, else ./datasets); split: train or val. Raises ValueError
-    for an unknown name or split, FileNotFoundError for another layout than the publisher's.
+    root: where the datasets lie (default $DATA_ROOT, else ./datasets); split: train or val. Raises UserError
+    (a ValueError) for an unknown name or split, FileNotFoundError for another layout than the publisher's,
+    which is the docstring of each function below.
     """
     if name not in DATASETS:
-        raise ValueError(f"unknown dataset {name!r}; choose from {', '.join(DATASETS)}")
+        raise UserError(f"unknown dataset {name!r}; choose from {', '.join(DATASETS)}")
     if split not in ("train", "val"):
-        raise ValueError(f"unknown split {split!r}; choose train or val")
+        raise UserError(f"unknown split {split!r}; choose train or val")
     root = Path(root or os.environ.get("DATA_ROOT") or "datasets")
-    dataset = DATASETS[name](root, split, **options)
+    try:
+        dataset = DATASETS[name](root, split, **options)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}. Expected below {root}: {layout_of(name)}") from None
     if len(dataset) == 0:
         raise FileNotFoundError(f"dataset {name!r} has no images in split {split!r} below {root}")
     return dataset
 
 
+def semantic(pairs, classes, values, is_thing=None, void=None, values_of=None, **more):
+    """Label images in which `values[k]` stands for class k."""
+    read = partial(read_segments, values_of=values_of or read_labels, void=void,
+                   class_of_value={value: k for k, value in enumerate(values)})
+    more = {"category_ids": list(values)} | more
+    return SegmentationDataset(pairs, list(classes), is_thing or [False] * len(values), read, **more)
+
+
+def with_instances(pairs, classes, values, is_thing, values_of):
+    """The same in Cityscapes' coding: 1000 values[k] + n is instance n of class k."""
+    read = partial(read_segments, values_of=values_of, is_thing=is_thing,
+                   class_of_value={value: k for k, value in enumerate(values)})
+    return SegmentationDataset(pairs, list(classes), is_thing, read, list(values), panoptic=True)
+
+
 def folder(root, split):
-    """Own semantic data: index PNGs (255 void) and a file of class names."""
-    layout = "classes.txt, images/{train,val}/X.jpg, annotations/{train,val}/X.png"
-    lines = expect(root / "classes.txt", layout).read_text(encoding="utf-8-sig").split("\n")
-    lines = [line.strip() for line in lines if line.strip()]
+    """classes.txt, images/{train,val}/X.jpg, annotations/{train,val}/X.png (class indices, 255 is void)"""
+    lines = read_lines(root / "classes.txt")
     classes = [line.removesuffix(" thing").removesuffix(" stuff") for line in lines]
-    pairs = pair_files(expect(root / "images" / split, layout), expect(root / "annotations" / split, layout))
-    table = id_table(range(len(classes)), void=void_label(len(classes)))
-    return SegmentationDataset(pairs, classes, [line.endswith(" thing") for line in lines],
-                               partial(read_class_png, table=table))
+    pairs = pair_files(root / "images" / split, root / "annotations" / split)
+    return semantic(pairs, classes, range(len(classes)), [line.endswith(" thing") for line in lines],
+                    void=void_label(len(classes)))
 
 
-def ade20k(root, split):
-    """ADE20K scene parsing, 150 classes, as the challenge ships it: PNG value 0 is void, v is class v - 1."""
-    root = root / "ADEChallengeData2016"
-    part = {"train": "training", "val": "validation"}[split]
-    layout = "{images,annotations}/{training,validation} and objectInfo150.txt in ADEChallengeData2016"
-    pairs = pair_files(expect(root / "images" / part, layout), expect(root / "annotations" / part, layout))
-    classes = [f"class {k}" for k in range(1, 151)]
+ADE20K_STUFF = {1, 2, 3, 4, 5, 6, 7, 10, 12, 14, 17, 18, 22, 26, 27, 29, 30, 35, 41, 47, 49, 52, 53, 55, 60,
+                61, 62, 64, 69, 78, 80, 85, 92, 95, 97, 100, 101, 102, 106, 107, 110, 114, 115, 118, 123,
+                129, 132, 141, 142, 146}
+PARTS = {"train": "training", "val": "validation"}
+
+
+def ade20k(root, split, panoptic=False):
+    """ADEChallengeData2016/{images,annotations}/{training,validation}/X.{jpg,png}, objectInfo150.txt there;
+    for panoptic segmentation also annotations_instance/{training,validation}/X.png"""
+    root, part, values = root / "ADEChallengeData2016", PARTS[split], range(1, 151)
+    pairs = pair_files(root / "images" / part, root / "annotations" / part)
+    classes = [f"class {value}" for value in values]
     if (root / "objectInfo150.txt").exists():                            # Idx, Ratio, Train, Val, Name
-        rows = (root / "objectInfo150.txt").read_text(encoding="utf-8").strip().split("\n")[1:]
+        rows = read_lines(root / "objectInfo150.txt")[1:]
         classes = [row.split("\t")[-1].split(",")[0].strip() for row in rows]
-    table = id_table(range(1, 151), void=0)
-    return SegmentationDataset(pairs, classes, [False] * 150, partial(read_class_png, table=table))
+    if not panoptic:
+        return semantic(pairs, classes, values, void=0)
+    instances = pair_files(root / "images" / part, root / "annotations_instance" / part)
+    pairs = [(image, (annotation, instance)) for (image, annotation), (_, instance) in zip(pairs, instances)]
+    return with_instances(pairs, classes, values, [value not in ADE20K_STUFF for value in values],
+                          read_ade20k_instances)
+
+
+def ade20k_full(root, split):
+    """ADE20K_2021_17_01/{index_ade20k.pkl,images/ADE/{training,validation}/SCENE/{X.jpg,X_seg.png}}"""
+    from pretrained import ArrayUnpickler                                # runs no code of the file's
+    root = root / "ADE20K_2021_17_01"
+    with open(expect(root / "index_ade20k.pkl"), "rb") as file:
+        index = ArrayUnpickler(file).load()
+    no_part = np.asarray(index["objectPresence"]) > np.asarray(index["objectIsPart"])    # [objects, images]
+    training = np.array(["training" in name.split("/") for name in index["folder"]])
+    kept = no_part[:, training].any(1) & no_part[:, ~training].any(1)    # the 847 that both splits have
+    values = (np.flatnonzero(kept) + 1).tolist()
+    names = [index["objectnames"][value - 1].split(",")[0] for value in values]
+    images = root / "images" / "ADE" / PARTS[split]
+    return semantic(pair_files(images, images, ".jpg", "_seg.png"), names, values, values_of=read_ade20k_full,
+                    shrink_to=512)
+
+
+CITYSCAPES = {7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole",
+              19: "traffic light", 20: "traffic sign", 21: "vegetation", 22: "terrain", 23: "sky",
+              24: "person", 25: "rider", 26: "car", 27: "truck", 28: "bus", 31: "train", 32: "motorcycle",
+              33: "bicycle"}
+
+
+def cityscapes(root, split, panoptic=False):
+    """cityscapes/leftImg8bit/{train,val}/CITY/X_leftImg8bit.png and
+    cityscapes/gtFine/{train,val}/CITY/X_gtFine_{labelIds,instanceIds (panoptic)}.png"""
+    images, annotations = (root / "cityscapes" / part / split for part in ("leftImg8bit", "gtFine"))
+    kind, is_thing = "instanceIds" if panoptic else "labelIds", [label >= 24 for label in CITYSCAPES]
+    pairs = pair_files(images, annotations, "_leftImg8bit.png", f"_gtFine_{kind}.png")
+    if not panoptic:
+        return semantic(pairs, CITYSCAPES.values(), list(CITYSCAPES), is_thing)
+    return with_instances(pairs, CITYSCAPES.values(), list(CITYSCAPES), is_thing, read_labels)
+
+
+def mapillary(root, split):
+    """mapillary_vistas/{config.json,{training,validation}/{images/X.jpg,labels/X.png}} (version 1.2)"""
+    root = root / "mapillary_vistas"
+    labels = json.loads(expect(root / "config.json").read_text(encoding="utf-8"))["labels"][:65]
+    pairs = pair_files(root / PARTS[split] / "images", root / PARTS[split] / "labels")
+    return semantic(pairs, [label["readable"] for label in labels], range(len(labels)), void=len(labels))
+
+
+VOC = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
+       "person pottedplant sheep sofa train tvmonitor").split()
+
+
+def voc(root, split):
+    """VOCdevkit/VOC2012/{JPEGImages/X.jpg,SegmentationClass/X.png,ImageSets/Segmentation/{train,val}.txt}"""
+    root = root / "VOCdevkit" / "VOC2012"
+    names = read_lines(root / "ImageSets" / "Segmentation" / f"{split}.txt")
+    pairs = pair_files(root / "JPEGImages", root / "SegmentationClass", names=names)
+    return semantic(pairs, VOC, range(21), void=255)
+
+
+def coco_stuff_10k(root, split):
+    """coco/coco_stuff_10k/{images/X.jpg,annotations/X.mat,imageLists/{train,test}.txt}; or, instead of the
+    last two, annotations_detectron2/{train,test}/X.png"""
+    root, part = root / "coco" / "coco_stuff_10k", {"train": "train", "val": "test"}[split]
+    ids = [i for i in range(1, 183) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)]
+    names, prepared = [f"COCO-Stuff {i}" for i in ids], root / "annotations_detectron2" / part
+    if prepared.exists():
+        stems = sorted(png.stem for png in prepared.glob("*.png"))
+        pairs = pair_files(root / "images", prepared, names=stems)
+        return semantic(pairs, names, range(171), void=255, category_ids=ids)
+    stems = read_lines(root / "imageLists" / f"{part}.txt")
+    pairs = pair_files(root / "images", root / "annotations", new_ending=".mat", names=stems)
+    return semantic(pairs, names, ids, void=0)
+
+
+def coco_panoptic(root, split):
+    """coco/{train,val}2017/X.jpg, coco/annotations/panoptic_{train,val}2017.json, and the PNGs in
+    panoptic_{train,val}2017/ in coco or coco/annotations"""
+    root, name = root / "coco", f"panoptic_{split}2017"
+    maps = root / name if (root / name).exists() else root / "annotations" / name
+    return coco_format(root / f"{split}2017", maps, root / "annotations" / f"{name}.json")
 
 
 def panoptic(root, split):
-    """Own panoptic data in COCO's format."""
-    layout = "images/{train,val}/X.jpg, panoptic_{train,val}/X.png, panoptic_{train,val}.json"
-    return coco_format(expect(root / "images" / split, layout), expect(root / f"panoptic_{split}", layout),
-                       expect(root / f"panoptic_{split}.json", layout))
+    """images/{train,val}/X.jpg; in COCO's format panoptic_{train,val}/X.png and panoptic_{train,val}.json"""
+    return coco_format(root / "images" / split, root / f"panoptic_{split}", root / f"panoptic_{split}.json")
 
 
 def coco_format(images, maps, json_file):
     """COCO's panoptic format: a folder of images, one of PNGs, a json of categories, images, annotations."""
-    content = json.loads(json_file.read_text(encoding="utf-8"))
+    content = json.loads(expect(json_file).read_text(encoding="utf-8"))
     categories = sorted(content["categories"], key=lambda category: category["id"])
     category_ids = [category["id"] for category in categories]                       # with gaps
-    file_of = {image["id"]: images / image["file_name"] for image in content["images"]}
+    file_of = {image["id"]: expect(images) / image["file_name"] for image in content["images"]}
     annotations = sorted(content["annotations"], key=lambda annotation: annotation["image_id"])
     pairs = [(file_of[annotation["image_id"]], annotation) for annotation in annotations]
-    index_of = {category_id: k for k, category_id in enumerate(category_ids)}
-    return SegmentationDataset(pairs, [category["name"] for category in categories],
-                               [bool(category["isthing"]) for category in categories],
-                               partial(read_panoptic_png, folder=maps, index_of=index_of), True, category_ids,
-                               {path.stem: annotation["image_id"] for path, annotation in pairs})
+    read = partial(read_panoptic_png, folder=expect(maps),
+                   class_of_id={category_id: k for k, category_id in enumerate(category_ids)})
+    names, is_thing = zip(*((category["name"], bool(category["isthing"])) for category in categories))
+    image_ids = {path.stem: annotation["image_id"] for path, annotation in pairs}
+    return SegmentationDataset(pairs, list(names), list(is_thing), read, category_ids, True, image_ids)
 
 
 # ---------------------------------------------------------------------------------------- drawn shapes
 class Shapes(Dataset):
-    """Drawn pictures: two or three textured regions (stuff) and one to three forms on them (things, each an
-    instance).
+    """Drawn pictures: two or three textured regions (stuff), and on them one to three forms (things, each an
+    instance). A picture is a function of (seed, split, index).
 
-    A picture is a function of (seed, split, index). num_classes: half are textures, half are forms; each
-    class has its own hue, and beyond five of each kind the hue alone tells some apart, so that K changes
-    nothing but the number of classes.
+    num_classes: half are textures, half are forms; each has its own hue, and beyond five of either kind hue
+    alone tells some apart, so that K changes nothing but the number of classes.
     """
 
-    textures = ["stripes", "checks", "dots", "waves", "plain"]
-    forms = ["disk", "square", "triangle", "ring", "cross"]
-    panoptic = True
+    textures = {"stripes": (0, 0, 0), "checks": (0, 1, 0), "dots": (0, 1, 0.5), "waves": (2, 0, 0),
+                "plain": (0, 0, -2)}                                     # see `texture`
+    lobes = {"disk": 0, "peanut": 2, "trefoil": 3, "cross": 4, "star": 5}  # of the forms
+    panoptic, image_ids = True, {}
 
     def __init__(self, root=None, split="train", num_classes=6, size=(64, 96), length=None, seed=0):
         self.split, self.size, self.seed = split, size, seed
         self.length = length or {"train": 20_000, "val": 100}[split]
-        self.category_ids, self.image_ids = list(range(num_classes)), {}
         self.num_stuff, things = (num_classes + 1) // 2, num_classes // 2
         self.is_thing = [False] * self.num_stuff + [True] * things
-        self.kinds = ((self.textures * num_classes)[:self.num_stuff] + (self.forms * num_classes)[:things])
+        self.kinds = ((list(self.textures) * num_classes)[:self.num_stuff]
+                      + (list(self.lobes) * num_classes)[:things])
         self.hues = [k / n for n in (self.num_stuff, things) for k in range(n)]
-        self.classes = self.kinds
+        self.category_ids, self.classes = list(range(num_classes)), self.kinds
         if num_classes > 10:
             self.classes = [f"{kind} of hue {360 * hue:.0f}" for kind, hue in zip(self.kinds, self.hues)]
 
@@ -202,106 +331,241 @@ class Shapes(Dataset):
         image = torch.from_numpy((image.clip(0, 1) * 255).astype(np.uint8)).permute(2, 0, 1)
         return image, torch.from_numpy(segment_map), class_of, [], f"{index:05d}"
 
-    @staticmethod
-    def texture(kind, rng, y, x):
+    def texture(self, kind, rng, y, x):
         """-> shade [H, W] of a turned pattern with a period of 6 to 12 pixels."""
         angle, period = rng.uniform(0, np.pi), rng.uniform(6, 12) / (2 * np.pi)
-        c, s = np.float32(np.cos(angle) / period), np.float32(np.sin(angle) / period)
-        u, v = c * x + s * y, c * y - s * x
-        dark = {"stripes": lambda: np.sin(u) < 0, "checks": lambda: np.sin(u) * np.sin(v) < 0,
-                "dots": lambda: np.cos(u) + np.cos(v) < 0.8, "plain": lambda: np.zeros(u.shape, bool),
-                "waves": lambda: np.sin(u + 2 * np.sin(v / 2)) < 0}[kind]()
+        z = (x + 1j * y) * (cmath.exp(1j * angle) / period)
+        bent, crossed, level = self.textures[kind]
+        dark = np.sin(z.real + bent * np.sin(z.imag / 2)) * (np.sin(z.imag) if crossed else 1) < level
         return np.where(dark, np.float32(0.55), np.float32(1))
 
     def form(self, kind, rng, y, x):
         """-> region [H, W] of a turned form somewhere in the picture."""
-        angle, radius = rng.uniform(0, 2 * np.pi), rng.uniform(0.13, 0.26) * min(self.size)
-        y, x = ((p - rng.uniform(0.1, 0.9) * side) / radius for p, side in zip((y, x), self.size))
-        c, s = np.float32(np.cos(angle)), np.float32(np.sin(angle))
-        u, v = c * x + s * y, c * y - s * x
-        a, b = abs(u), abs(v)
-        return {"disk": lambda: u * u + v * v < 1, "square": lambda: np.maximum(a, b) < 0.85,
-                "triangle": lambda: (v > -0.6) & (v < 1.2 - 1.8 * a),
-                "ring": lambda: abs(np.hypot(u, v) - 0.8) < 0.3,
-                "cross": lambda: (np.minimum(a, b) < 0.35) & (np.maximum(a, b) < 1.1)}[kind]()
+        (H, W), turn, radius = self.size, rng.uniform(0, 2 * np.pi), rng.uniform(0.12, 0.22) * min(self.size)
+        z = (x - W * rng.uniform(0.1, 0.9) + 1j * (y - H * rng.uniform(0.1, 0.9))) / radius
+        return abs(z) < 1 + 0.4 * np.cos(self.lobes[kind] * (np.angle(z) + turn))
 
 
-DATASETS = {"shapes": Shapes, "folder": folder, "panoptic": panoptic, "ade20k": ade20k}
+DATASETS = {
+    "shapes": Shapes, "folder": folder, "panoptic": panoptic, "ade20k": ade20k, "ade20k-full": ade20k_full,
+    "ade20k-panoptic": partial(ade20k, panoptic=True), "coco-panoptic": coco_panoptic, "voc": voc,
+    "coco-stuff-10k": coco_stuff_10k, "cityscapes": cityscapes, "mapillary": mapillary,
+    "cityscapes-panoptic": partial(cityscapes, panoptic=True)}
+
+
+# ---------------------------------------------------------------------------------------- download
+COCO = "http://images.cocodataset.org"
+DOWNLOADS = {                                         # url, what it leaves below the root, md5 or sha1
+    "ade20k": [("http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
+                "ADEChallengeData2016", "219e1696abb36c8ba3a3afe7fb2f4b4606a897c7"),
+               ("http://sceneparsing.csail.mit.edu/data/ChallengeData2017/annotations_instance.tar",
+                "ADEChallengeData2016/annotations_instance", None)],
+    "coco-panoptic": [(f"{COCO}/zips/train2017.zip", "coco/train2017", None),
+                      (f"{COCO}/zips/val2017.zip", "coco/val2017", None),
+                      (f"{COCO}/annotations/panoptic_annotations_trainval2017.zip",
+                       "coco/annotations/panoptic_val2017.json", None)],
+    "voc": [("http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar", "VOCdevkit",
+             "6cd6e144f989b92b3379bac3b3de84fd")]}
+DOWNLOADS["ade20k-panoptic"] = DOWNLOADS["ade20k"]
+LOGINS = {"cityscapes": "https://www.cityscapes-dataset.com",
+          "mapillary": "https://www.mapillary.com/dataset/vistas",
+          "ade20k-full": "https://ade20k.csail.mit.edu",
+          "coco-stuff-10k": "https://github.com/nightrome/cocostuff10k"}
+
+
+def download(name, root=None):
+    """Fetches and unpacks what of a dataset is not there yet; an interrupted call is continued by the next.
+
+    Raises UserError for data that cannot be had this way, for a full disk and for broken files.
+    """
+    if name not in DOWNLOADS:
+        site = LOGINS.get(name.removesuffix("-panoptic"))
+        raise UserError(f"--download: {name} needs a login; register at {site}, unpack, and make this layout "
+                        f"below --data-root: {layout_of(name)} (see docs/DATASETS.md)" if site else
+                        f"--download: {name} is your own or drawn, there is nothing to fetch")
+    root = Path(root or os.environ.get("DATA_ROOT") or "datasets")
+    for url, result, checksum in DOWNLOADS[name]:
+        archive = root / url.rpartition("/")[2]                          # stays until it is unpacked
+        folder = root / Path(result).parts[0] if "/" in result else root
+        if (root / result).exists() and not archive.exists():
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            if not archive.exists():
+                fetch(url, archive, checksum)
+            print(f"unpacking {archive}", flush=True)
+            unpack(archive, folder)
+            for inner in folder.glob("annotations/panoptic_*2017.zip"):  # COCO's holds two more
+                unpack(inner, inner.parent)
+                inner.unlink()
+        except UserError:
+            raise
+        except Exception as error:                                       # a broken file can raise anything
+            archive.unlink(missing_ok=True)
+            raise UserError(f"{url}: {error}; run again to go on") from error
+        archive.unlink()
+
+
+def unpack(archive, folder):
+    """Nothing leaves `folder`: zip files lose the names that would, tar files with such are refused."""
+    shutil.unpack_archive(archive, folder, **({"filter": "data"} if archive.suffix == ".tar" else {}))
+
+
+def fetch(url, file, checksum):
+    """A file by way of FILE.part, which is continued if it is there and the server can."""
+    part, told = file.with_name(f"{file.name}.part"), time.time()
+    have = max(0, part.stat().st_size - 1) if part.exists() else 0       # one less: the rest is never empty
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
+    with urllib.request.urlopen(request, timeout=60) as answer, open(part, "ab") as out:
+        have = have if answer.status == 206 else 0
+        total, free = have + int(answer.headers["Content-Length"] or 0), shutil.disk_usage(part.parent).free
+        if 2 * total - have > free:
+            raise UserError(f"{url} needs {(2 * total - have) / 1e9:.1f} GB, also to unpack it; "
+                            f"{part.parent} has {free / 1e9:.1f}")
+        out.truncate(have)
+        while block := answer.read(2 ** 20):
+            have += out.write(block)
+            if time.time() - told > 10:
+                print(f"{file.name}: {have / 1e6:.0f} of {total / 1e6:.0f} MB", flush=True)
+                told = time.time()
+    if have < total:
+        raise UserError(f"{url} broke off at {have} of {total} bytes: run again to go on")
+    digest = hashlib.md5() if checksum and len(checksum) == 32 else hashlib.sha1()
+    with open(part, "rb") as content:
+        while block := content.read(2 ** 20):
+            digest.update(block)
+    if checksum not in (None, digest.hexdigest()):
+        part.unlink()
+        raise UserError(f"{url} has the checksum {digest.hexdigest()} instead of {checksum}: run again")
+    part.replace(file)
 
 
 # ---------------------------------------------------------------------------------------- files
-def expect(path, layout):
-    """`path`, or FileNotFoundError with the layout expected and what was found instead."""
+def layout_of(name):
+    """The docstring of its function."""
+    return " ".join(getattr(DATASETS[name], "func", DATASETS[name]).__doc__.split())
+
+
+def expect(path):
+    """`path`, or FileNotFoundError that says what was found instead."""
     if path.exists():
         return path
     nearest = next(parent for parent in path.absolute().parents if parent.is_dir())
     found = ", ".join(sorted(entry.name for entry in nearest.iterdir())[:12]) or "nothing"
-    raise FileNotFoundError(f"{path} does not exist. Expected below --data-root: {layout}. "
-                            f"Found in {nearest}: {found}")
+    raise FileNotFoundError(f"{path} does not exist. Found in {nearest}: {found}")
 
 
-def pair_files(images, annotations):
-    """[(image file, annotation PNG)] of equal stems, sorted; FileNotFoundError if an image lacks its PNG."""
-    files = sorted(path for path in images.rglob("[!.]*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    pairs = [(path, annotations / path.relative_to(images).with_suffix(".png")) for path in files]
-    missing = [annotation for _, annotation in pairs if not annotation.exists()]
+def read_lines(path):
+    lines = expect(path).read_text(encoding="utf-8-sig").split("\n")
+    return [line.strip() for line in lines if line.strip()]
+
+
+def pair_files(images, annotations, ending="", new_ending=".png", names=None):
+    """[(image, annotation)], sorted: an image's name with another ending is its annotation's. names: of the
+    JPEGs that count (default: all images that end in `ending`)."""
+    suffixes = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+    files = [images / f"{name}.jpg" for name in names or []]
+    if names is None:
+        files = sorted(expect(images).rglob(f"[!.]*{ending}"))
+        files = [path for path in files if path.suffix.lower() in suffixes]
+    names = [path.relative_to(images).as_posix().removesuffix(ending or path.suffix) for path in files]
+    pairs = [(path, expect(annotations) / (name + new_ending)) for path, name in zip(files, names)]
+    missing = [path for pair in pairs for path in pair if not path.exists()]
     if missing:
-        raise FileNotFoundError(f"{len(missing)} of {len(pairs)} images have no annotation: {missing[0]} ..")
+        raise FileNotFoundError(f"{len(missing)} files are missing for {len(pairs)} images: {missing[0]} ..")
     return pairs
+
+
+def open_image(path):
+    """A PIL image, read to its end. Raises UserError if that cannot be done."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except Exception as error:                                           # a broken file can raise anything
+        raise UserError(f"{path} cannot be read as an image ({error}): replace it") from error
 
 
 def read_image(path):
     """-> RGB [H, W, 3] uint8, turned as the camera's EXIF entry says."""
-    with Image.open(path) as image:
-        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    image = open_image(path)
+    if image.mode[0] in "IF":
+        raise UserError(f"{path} has more than 8 bits per channel: save it with 8")
+    return np.array(ImageOps.exif_transpose(image).convert("RGB"))
 
 
-def id_table(class_values, void):
-    """The k-th of `class_values` is what a PNG holds for class k -> table [65536] from values to segment ids:
-    k + 1, 0 for void, -1 for what must not occur."""
-    table = np.full(65536, -1, np.int32)
-    table[void] = 0
-    table[list(class_values)] = np.arange(len(class_values)) + 1
-    return table
-
-
-def read_class_png(path, table):
-    """A one-channel PNG, read with `id_table` -> segment map [H, W] with ids class + 1, {id: class}, [].
-
-    Raises ValueError for a value that is neither a class nor void.
-    """
-    with Image.open(path) as png:
-        values = np.array(png)
+def read_labels(path):
+    """-> the values [H, W] of a one-channel PNG, or of a .mat file of COCO-Stuff."""
+    if path.suffix == ".mat":
+        try:
+            import h5py
+        except ImportError:
+            raise UserError(f"{path}: to read .mat files, pip install h5py") from None
+        with h5py.File(path) as file:
+            return np.array(file["S"]).T.astype(np.int32)
+    values = np.array(open_image(path))
     if values.ndim != 2:
-        raise ValueError(f"{path} has shape {values.shape}: a label PNG has one channel, of class indices")
-    segment_map = table[values.astype(np.uint16)]
-    if segment_map.min() < 0:
-        wrong, good = np.unique(values[segment_map < 0]).tolist(), np.flatnonzero(table > 0)
-        raise ValueError(f"{path} holds {wrong[:10]}; classes are {good.min()}..{good.max()} and void is "
-                         f"{np.flatnonzero(table == 0).tolist()}. If labels start at 1, subtract 1; if the "
-                         "list of classes is too short, complete it")
-    if table.max() <= 255:
-        segment_map = segment_map.astype(np.uint8)
-    ids = np.flatnonzero(np.bincount(segment_map.ravel())).tolist()
-    return segment_map, {i: i - 1 for i in ids if i > 0}, []
+        raise UserError(f"{path} has shape {values.shape}: a label PNG has one channel, of class indices")
+    return values.astype(np.int32)
 
 
-def read_panoptic_png(annotation, folder, index_of):
+def read_ade20k_full(path):
+    """-> values [H, W] out of the red and green channel."""
+    rgb = np.array(open_image(path).convert("RGB")).astype(np.int32)
+    return rgb[..., 0] // 10 * 256 + rgb[..., 1]
+
+
+def read_ade20k_instances(paths):
+    """Classes and instances (R: which of the things, 0 none; G: its number) -> Cityscapes' coding [H, W].
+    Instances cover stuff; pixels of things without an instance become void."""
+    things = np.array([0] + [value for value in range(1, 151) if value not in ADE20K_STUFF])
+    values = read_labels(paths[0])
+    which, number = np.array(open_image(paths[1]).convert("RGB")).astype(np.int32)[..., :2].transpose(2, 0, 1)
+    if which.shape != values.shape or which.max() > 100:
+        raise UserError(f"{paths[1]}, {which.shape} with categories up to {which.max()} of 100, does not "
+                        f"hold the instances of {paths[0]}, {values.shape}")
+    return np.where(which > 0, 1000 * things[which] + number, np.where(np.isin(values, things), 0, values))
+
+
+def read_segments(annotation, values_of, class_of_value, void=None, is_thing=None):
+    """-> segment map [H, W] with ids 1, 2, .. in the order of the values, {id: class}, crowd ids.
+
+    void: the value without class (default: all but `class_of_value`). With `is_thing`, values are in
+    Cityscapes' coding: 1000 v + n is instance n of v, and a bare v of a thing is a crowd of it. Raises
+    UserError for values that are neither class nor void.
+    """
+    values = values_of(annotation)
+    class_of, crowd, wrong, id_of = {}, [], [], np.zeros(int(values.max()) + 1, np.int32)
+    for value in np.flatnonzero(np.bincount(values.ravel())).tolist():
+        label = class_of_value.get(value // 1000 if is_thing and value >= 1000 else value)
+        if label is not None:
+            id_of[value] = i = len(class_of) + 1
+            class_of[i] = label
+            crowd += [i] * bool(is_thing and value < 1000 and is_thing[label])
+        elif void not in (None, value):
+            wrong.append(value)
+    if wrong:
+        raise UserError(f"{annotation} holds {wrong[:10]}; classes are {min(class_of_value)}.."
+                        f"{max(class_of_value)}, void is {void}. If labels start at 1, subtract 1; if the "
+                        "list of classes is too short, complete it")
+    return id_of.astype(np.uint8 if len(class_of) <= 255 else np.int32)[values], class_of, crowd
+
+
+def read_panoptic_png(annotation, folder, class_of_id):
     """An entry of COCO's json and its PNG, where id = R + 256 G + 65536 B -> segment map [H, W] with ids 1,
-    2, .. in the order of the json's ids, {id: class}, crowd ids. index_of: {category id: class}.
+    2, .. in the order of the json's ids, {id: class}, crowd ids. class_of_id: {category id: class}.
 
-    Raises ValueError for ids in the PNG that the json does not list.
+    Raises UserError for ids in the PNG that the json does not list.
     """
     path = folder / annotation["file_name"]
-    with Image.open(path) as png:
-        ids = np.array(png.convert("RGB")).astype(np.int32) @ np.array([1, 256, 65536], np.int32)
+    ids = np.array(open_image(path).convert("RGB")).astype(np.int32) @ np.array([1, 256, 65536], np.int32)
     segments = sorted(annotation["segments_info"], key=lambda segment: segment["id"])
     listed = np.array([0] + [segment["id"] for segment in segments])
     segment_map = np.searchsorted(listed, ids).clip(max=len(segments))
     if (listed[segment_map] != ids).any():
         wrong = np.unique(ids[listed[segment_map] != ids]).tolist()
-        raise ValueError(f"{path} holds the segment ids {wrong[:10]} that its entry in the json lacks")
-    class_of = {i: index_of[segment["category_id"]] for i, segment in enumerate(segments, 1)}
+        raise UserError(f"{path} holds the segment ids {wrong[:10]} that its entry in the json lacks")
+    class_of = {i: class_of_id[segment["category_id"]] for i, segment in enumerate(segments, 1)}
     crowd = [i for i, segment in enumerate(segments, 1) if segment.get("iscrowd")]
     return segment_map.astype(np.uint8 if len(segments) <= 255 else np.int32), class_of, crowd
 
@@ -328,15 +592,26 @@ class Augmentation:
         return pad_to(image, self.crop, 128), pad_to(segment_map, self.crop, 0)
 
 
-class ToTestSize:
-    """Resizes images as for a test; nothing is random."""
+class DetrAugmentation:
+    """DETR's, for COCO: a flip, then a resize; half the time a crop before it. `collate` pads."""
 
     def __init__(self, short_side, max_long_side):
-        self.short_side, self.max_long_side = short_side, max_long_side
+        self.flip, self.before_crop = v2.RandomHorizontalFlip(), v2.RandomShortestSize([400, 500, 600])
+        self.resize = v2.RandomShortestSize(short_side, max_long_side)
 
     def __call__(self, image, segment_map):
-        size = fit(image.shape[-2:], self.short_side, self.max_long_side)
-        return v2.functional.resize(image, size), v2.functional.resize(tv_tensors.Mask(segment_map), size)
+        image, segment_map = self.flip(tv_tensors.Image(image), tv_tensors.Mask(segment_map))
+        if torch.rand(()) < 0.5:
+            image, segment_map = self.before_crop(image, segment_map)
+            size = [int(torch.randint(min(384, side), min(600, side) + 1, ())) for side in image.shape[-2:]]
+            image, segment_map = v2.RandomCrop(size)(image, segment_map)
+        return self.resize(image, segment_map)
+
+
+def resized(image, segment_map, short_side, max_long_side=None):
+    """Both as for a test; nothing is random."""
+    resize = v2.RandomShortestSize([short_side], max_long_side)
+    return resize(tv_tensors.Image(image), tv_tensors.Mask(segment_map))
 
 
 def fit(size, short_side, max_long_side):
@@ -364,9 +639,6 @@ class Batch(NamedTuple):
         """Everything on `device` but `owner`, whose counts the matcher needs on the CPU."""
         moved = [x.to(device, non_blocking=True) for x in self[:4]]
         return Batch(*moved, self.owner, self.names)
-
-    def pin_memory(self):
-        return Batch(*(x.pin_memory() for x in self[:5]), self.names)
 
     def masks(self):
         """-> [N, H, W] bool."""
@@ -454,22 +726,13 @@ def collate(samples):
     return Batch(torch.stack(images), segment_maps, torch.cat(ids), torch.cat(labels), owner, list(names))
 
 
-class StepBatches:
-    """Batch sampler of one process: step s takes the samples from s * batch_size on, an equal share each."""
-
-    def __init__(self, first_step, steps, batch_size, rank=0, world_size=1, accumulate=1):
-        self.first, self.steps, self.accumulate = first_step, steps, accumulate
-        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
-
-    def __len__(self):
-        return (self.steps - self.first) * self.accumulate
-
-    def __iter__(self):
-        share = self.batch_size // self.world_size // self.accumulate    # images of one forward pass
-        for step in range(self.first, self.steps):
-            start = step * self.batch_size + self.rank * share * self.accumulate
-            for part in range(self.accumulate):
-                yield list(range(start + part * share, start + (part + 1) * share))
+def step_batches(first, steps, batch_size, rank=0, world_size=1, accumulate=1):
+    """Sample numbers of every forward pass of one process: step s takes the samples from s * batch_size on,
+    an equal share each."""
+    share = batch_size // world_size // accumulate                       # images of a forward pass
+    starts = (((step * world_size + rank) * accumulate + part) * share
+              for step in range(first, steps) for part in range(accumulate))
+    return [range(start, start + share) for start in starts]
 
 
 def training_batches(samples, sampler, workers, device):

@@ -14,6 +14,7 @@ import math
 import os
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,8 +22,8 @@ import torch.distributed as dist
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
-from data import (DATASETS, RECIPES, Augmentation, FirstImages, StepBatches, ToTestSize, TrainingSamples,
-                  build_dataset, seed_of, training_batches)
+from data import (DATASETS, Augmentation, DetrAugmentation, FirstImages, TrainingSamples, build_dataset,
+                  download, recipe, resized, seed_of, step_batches, training_batches)
 from evaluate import (TEST_OPTIONS, build_model, draw_predictions, draw_queries, evaluate, load, process,
                       save_metrics, single_numbers, start_process, table_of_classes)
 from losses import mask_classification_loss, per_pixel_loss
@@ -35,7 +36,6 @@ NUMBERS = dict(                                       # flags that take a number
     object_threshold=0.8, overlap_threshold=0.8, size_divisibility=32,                            # Sec. 3.4
     lr=1e-4, weight_decay=1e-4, warmup=0, clip=0.01, accumulate=1, seed=0,                        # appendix A
     eval_every=5000, save_every=1000, log_every=20, workers=min(4, os.cpu_count() or 1))
-SWIN = dict(lr=6e-5, weight_decay=1e-2, backbone_lr_factor=1., warmup=1500)
 
 
 def parse(argv=None):
@@ -54,6 +54,7 @@ def parse(argv=None):
     add("--matching", default="hungarian", choices=["hungarian", "fixed"])
     add("--crop", type=int, nargs=2, metavar=("H", "W"))
     add("--short-side", type=int, nargs="+", metavar="N", help="one of these, at random")
+    add("--augmentation", default="crop", choices=["crop", "detr"], help="of semantic data, or of COCO's")
     add("--color-distortion", action=switch, default=True)
     add("--backbone-lr-factor", type=float, help="default: 0.1 if pretrained (Swin: 1), else 1")
     add("--schedule", default="poly", choices=["poly", "step"])
@@ -68,8 +69,7 @@ def parse(argv=None):
     for name, default in NUMBERS.items():
         add("--" + name.replace("_", "-"), type=type(default), metavar="N", help=f"{default} or the recipe's")
     chosen, _ = parser.parse_known_args(argv)                            # for the defaults of all others
-    swin = SWIN if chosen.backbone.startswith("swin_") else {}
-    parser.set_defaults(**NUMBERS | swin | RECIPES[chosen.dataset])
+    parser.set_defaults(**NUMBERS | recipe(chosen.dataset, chosen.backbone))
     args = parser.parse_args(argv)
     args.freeze_bn = args.pretrained if args.freeze_bn is None else args.freeze_bn
     if args.backbone_lr_factor is None:
@@ -235,10 +235,12 @@ def write_log(folder, args, step, terms, seconds, data_seconds):
 def load_datasets(args):
     """-> training samples, held-out images; completes `args` by the number of classes and the task."""
     train_set, test_set = (build_dataset(args.dataset, args.data_root, split) for split in ("train", "val"))
-    augment = Augmentation(args.short_side, args.max_long_side, args.crop, args.color_distortion)
+    augment = DetrAugmentation(args.short_side, args.max_long_side)
+    if args.augmentation == "crop":
+        augment = Augmentation(args.short_side, args.max_long_side, args.crop, args.color_distortion)
     if args.overfit:
         train_set = test_set = FirstImages(train_set, args.overfit)
-        augment = ToTestSize(args.test_short_side, args.test_max_long_side)
+        augment = partial(resized, short_side=args.test_short_side, max_long_side=args.test_max_long_side)
     args.num_classes = len(test_set.classes)
     args.task = args.task or ("panoptic" if test_set.panoptic else "semantic")
     return TrainingSamples(train_set, augment, args.seed, args.task), test_set
@@ -301,7 +303,7 @@ def train(args, device):
     parallel = torch.compile(model) if args.compile else model
     if world_size > 1:
         parallel = nn.parallel.DistributedDataParallel(parallel, [device] if device.type == "cuda" else None)
-    sampler = StepBatches(first, args.steps, args.batch_size, rank, world_size, args.accumulate)
+    sampler = step_batches(first, args.steps, args.batch_size, rank, world_size, args.accumulate)
     stream = training_batches(samples, sampler, args.workers, device)
     metrics, terms, clock, data_seconds = None, [], time.time(), 0.
     for step in range(first, args.steps):

@@ -14,7 +14,7 @@ from torch import nn
 
 import evaluate
 import train
-from data import Batch, Shapes, StepBatches, TrainingSamples, collate
+from data import Batch, Shapes, step_batches, TrainingSamples, collate
 from evaluate import load
 from maskformer import MaskFormer
 
@@ -219,8 +219,8 @@ def test_two_processes_have_the_gradient_of_one(tmp_path, emptied):
 
 
 def test_the_order_of_samples_does_not_depend_on_the_number_of_processes():
-    one = [numbers for numbers in StepBatches(3, 6, 8)]
-    two = [list(StepBatches(3, 6, 8, rank, 2)) for rank in range(2)]
+    one = [numbers for numbers in step_batches(3, 6, 8)]
+    two = [list(step_batches(3, 6, 8, rank, 2)) for rank in range(2)]
     assert one == [a + b for a, b in zip(*two)]
 
 
