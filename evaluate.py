@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.v2.functional import resize, to_pil_image
 from torchvision.utils import draw_segmentation_masks
 
-from data import DATASETS, SegmentationDataset, build_dataset, fit, label_map, read_image, void_label
+from data import (ADE20K_STUFF, DATASETS, SegmentationDataset, build_dataset, fit, label_map, read_image,
+                  recipe, void_label)
 from maskformer import (MaskFormer, PerPixelBaseline, PerPixelBaselinePlus, panoptic_inference,
                         semantic_inference)
 from pretrained import load_official
@@ -191,13 +192,15 @@ def predict(model, image, is_thing, test_short_side, test_max_long_side, object_
     class_logits, mask_logits = network_output(model, image, size)
     for scale in scales:
         scaled = fit(original, int(test_short_side * scale), int(test_max_long_side * scale))
+        total = 0
         for mirrored in (False, True)[:1 + flip]:
             classes, scores = class_logits, mask_logits
             if mirrored or scaled != size:
                 classes, scores = network_output(model, image, scaled, mirrored)
             if classes is not None:
                 scores = semantic_inference(classes[None], scores[None])[0]          # [K, h, w]
-            score_maps.append(scores.flip(-1) if mirrored else scores)
+            total = total + (scores.flip(-1) if mirrored else scores)
+        score_maps.append(total)
     if panoptic and class_logits is not None:
         score, best = class_logits.softmax(-1).max(-1)
         keep = (best < len(is_thing)) & (score > object_threshold)       # no other can win: resize only these
@@ -279,12 +282,14 @@ def save_metrics(path, metrics, classes, **more):
 
 # ---------------------------------------------------------------------------------------- files and pictures
 def save_prediction(folder, name, image, dataset, label, segment_map, segments):
-    """Writes semantic/NAME.png (class indices), overlay/NAME.jpg and, given segments, panoptic/NAME.png
-    (COCO's format: id = R + 256 G + 65536 B). -> the annotations for COCO's json, one or none."""
+    """Writes semantic/NAME.png (the publisher's number of each class, as the benchmarks want it), overlay/
+    NAME.jpg and, given segments, panoptic/NAME.png (COCO's format: id = R + 256 G + 65536 B). -> the
+    annotations for COCO's json, one or none."""
     folder, K = Path(folder), len(dataset.classes)
+    numbers = dataset.category_ids + [void_label(K) if 0 in dataset.category_ids else 0]     # the last is void
     for kind in ("semantic", "overlay", "panoptic")[:2 if segments is None else 3]:
         (folder / kind).mkdir(parents=True, exist_ok=True)
-    values = label.cpu().numpy().astype(np.uint8 if K <= 255 else np.uint16)
+    values = np.array(numbers, np.uint8 if max(numbers) <= 255 else np.uint16)[label.cpu().clamp(max=K)]
     Image.fromarray(values).save(folder / "semantic" / f"{name}.png")
     shown = class_regions(label, void_label(K)) if segments is None else (segment_map, segments)
     overlay(image, *shown, dataset.classes).save(folder / "overlay" / f"{name}.jpg", quality=92)
@@ -388,21 +393,25 @@ def build_model(config, num_classes, pretrained=False):
 
 
 def load(source):
-    """A checkpoint of train.py, or released weights (see pretrained.py; their classes have numbers for names)
-    -> model in eval mode, {"config", "classes", "is_thing", ..}. No code in the file is run."""
+    """A checkpoint of train.py, or released weights (see pretrained.py) -> model in eval mode, {"config",
+    "classes", "is_thing", ..}. Released weights have no class names: numbers stand for them. No code in the
+    file is run."""
     if Path(source).suffix == ".pt":
         state = torch.load(source, map_location="cpu", weights_only=True)
         model = build_model(state["config"], len(state["classes"]))
         model.load_state_dict(state.pop("model"))
         return model.eval(), state
-    model = load_official(source)
-    K = model.num_classes
-    size = {133: (800, 1333), 171: (640, 2560), 19: (1024, 2048)}.get(K, (512, 2048))
-    size = (640, 2560) if "res640" in str(source) or "panoptic_R" in str(source) and K == 150 else size
-    config = dict(dataset="ade20k", data_root=None, task="panoptic", test_short_side=size[0],
-                  test_max_long_side=size[1], object_threshold=0.8, overlap_threshold=0.8)
+    model, name = load_official(source), Path(source).name
+    K, panoptic = model.num_classes, "panoptic" in name
+    dataset = {19: "cityscapes", 65: "mapillary", 133: "coco-panoptic", 171: "coco-stuff-10k",
+               847: "ade20k-full"}.get(K, "ade20k-panoptic" if panoptic else "ade20k")
+    values = dict(overlap_threshold=0.8, object_threshold=0.8)
+    values |= recipe(dataset, "swin_384" if "res640" in name else "")
+    config = dict(dataset=dataset, data_root=None, task="panoptic" if "panoptic" in dataset else "semantic")
+    config |= {name: values[name] for name in TEST_OPTIONS}
+    things = {133: range(80), 150: set(range(150)) - {value - 1 for value in ADE20K_STUFF}}.get(K, [])
     return model, dict(config=config, classes=[f"class {k}" for k in range(K)],
-                       is_thing=[K == 133 and k < 80 for k in range(K)])
+                       is_thing=[config["task"] == "panoptic" and k in things for k in range(K)])
 
 
 def main():
@@ -428,7 +437,8 @@ def main():
     options = dict(scales=args.scales, flip=args.flip, **{name: config[name] for name in TEST_OPTIONS})
     model.to(device)
     if args.images:
-        photos = SegmentationDataset([], state["classes"], state["is_thing"], None)
+        numbers = list(range(model.num_classes))
+        photos = SegmentationDataset([], state["classes"], state["is_thing"], None, numbers)
         folder, annotations = args.save or "predictions", []
         for path in map(Path, args.images):
             image = torch.from_numpy(read_image(path)).permute(2, 0, 1)
