@@ -20,6 +20,7 @@ import math
 import os
 import shutil
 import time
+import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
 from functools import partial
@@ -138,9 +139,9 @@ def semantic(pairs, classes, values, is_thing=None, void=None, values_of=None, *
     return SegmentationDataset(pairs, list(classes), is_thing or [False] * len(values), read, **more)
 
 
-def with_instances(pairs, classes, values, is_thing, values_of):
+def with_instances(pairs, classes, values, is_thing, values_of, void=None):
     """The same in Cityscapes' coding: 1000 values[k] + n is instance n of class k."""
-    read = partial(read_segments, values_of=values_of, is_thing=is_thing,
+    read = partial(read_segments, values_of=values_of, is_thing=is_thing, void=void,
                    class_of_value={value: k for k, value in enumerate(values)})
     return SegmentationDataset(pairs, list(classes), is_thing, read, list(values), panoptic=True)
 
@@ -174,7 +175,7 @@ def ade20k(root, split, panoptic=False):
     instances = pair_files(root / "images" / part, root / "annotations_instance" / part)
     pairs = [(image, (annotation, instance)) for (image, annotation), (_, instance) in zip(pairs, instances)]
     return with_instances(pairs, classes, values, [value not in ADE20K_STUFF for value in values],
-                          read_ade20k_instances)
+                          read_ade20k_instances, void=0)
 
 
 def ade20k_full(root, split):
@@ -187,7 +188,7 @@ def ade20k_full(root, split):
     training = np.array(["training" in name.split("/") for name in index["folder"]])
     kept = no_part[:, training].any(1) & no_part[:, ~training].any(1)    # the 847 that both splits have
     values = (np.flatnonzero(kept) + 1).tolist()
-    names = [index["objectnames"][value - 1].split(",")[0] for value in values]
+    names = [index["objectnames"][value - 1] for value in values]
     images = root / "images" / "ADE" / PARTS[split]
     return semantic(pair_files(images, images, ".jpg", "_seg.png"), names, values, values_of=read_ade20k_full,
                     shrink_to=512)
@@ -260,13 +261,14 @@ def panoptic(root, split):
 
 def coco_format(images, maps, json_file):
     """COCO's panoptic format: a folder of images, one of PNGs, a json of categories, images, annotations."""
+    expect(images), expect(maps)
     content = json.loads(expect(json_file).read_text(encoding="utf-8"))
     categories = sorted(content["categories"], key=lambda category: category["id"])
     category_ids = [category["id"] for category in categories]                       # with gaps
-    file_of = {image["id"]: expect(images) / image["file_name"] for image in content["images"]}
+    file_of = {image["id"]: images / image["file_name"] for image in content["images"]}
     annotations = sorted(content["annotations"], key=lambda annotation: annotation["image_id"])
     pairs = [(file_of[annotation["image_id"]], annotation) for annotation in annotations]
-    read = partial(read_panoptic_png, folder=expect(maps),
+    read = partial(read_panoptic_png, folder=maps,
                    class_of_id={category_id: k for k, category_id in enumerate(category_ids)})
     names, is_thing = zip(*((category["name"], bool(category["isthing"])) for category in categories))
     image_ids = {path.stem: annotation["image_id"] for path, annotation in pairs}
@@ -401,7 +403,8 @@ def download(name, root=None):
         except UserError:
             raise
         except Exception as error:                                       # a broken file can raise anything
-            archive.unlink(missing_ok=True)
+            if isinstance(error, shutil.ReadError) or not isinstance(error, OSError):
+                archive.unlink(missing_ok=True)                          # but a full disk is no reason
             raise UserError(f"{url}: {error}; run again to go on") from error
         archive.unlink()
 
@@ -416,7 +419,13 @@ def fetch(url, file, checksum):
     part, told = file.with_name(f"{file.name}.part"), time.time()
     have = max(0, part.stat().st_size - 1) if part.exists() else 0       # one less: the rest is never empty
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
-    with urllib.request.urlopen(request, timeout=60) as answer, open(part, "ab") as out:
+    try:
+        answer = urllib.request.urlopen(request, timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:                                            # the part is of a longer file
+            part.unlink()
+        raise
+    with answer, open(part, "ab") as out:
         have = have if answer.status == 206 else 0
         total, free = have + int(answer.headers["Content-Length"] or 0), shutil.disk_usage(part.parent).free
         if 2 * total - have > free:
@@ -464,12 +473,13 @@ def pair_files(images, annotations, ending="", new_ending=".png", names=None):
     """[(image, annotation)], sorted: an image's name with another ending is its annotation's. names: of the
     JPEGs that count (default: all images that end in `ending`)."""
     suffixes = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+    expect(images), expect(annotations)
     files = [images / f"{name}.jpg" for name in names or []]
     if names is None:
-        files = sorted(expect(images).rglob(f"[!.]*{ending}"))
+        files = sorted(images.rglob(f"[!.]*{ending}"))
         files = [path for path in files if path.suffix.lower() in suffixes]
     names = [path.relative_to(images).as_posix().removesuffix(ending or path.suffix) for path in files]
-    pairs = [(path, expect(annotations) / (name + new_ending)) for path, name in zip(files, names)]
+    pairs = [(path, annotations / (name + new_ending)) for path, name in zip(files, names)]
     missing = [path for pair in pairs for path in pair if not path.exists()]
     if missing:
         raise FileNotFoundError(f"{len(missing)} files are missing for {len(pairs)} images: {missing[0]} ..")
