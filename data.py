@@ -14,13 +14,12 @@ Another dataset is one more function that returns a `SegmentationDataset`, and a
 """
 import cmath
 import colorsys
+import errno
 import hashlib
 import json
 import math
 import os
 import shutil
-import time
-import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,10 +28,10 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import tv_tensors
+from torchvision.datasets import Cityscapes
 from torchvision.transforms import v2
 
 
@@ -81,408 +80,25 @@ def recipe(dataset, backbone="resnet50"):
     return RECIPES[dataset] | swin | sizes
 
 
-# ---------------------------------------------------------------------------------------- datasets
-@dataclass(eq=False)
-class SegmentationDataset(Dataset):
-    """Images with segment maps."""
-    pairs: list                   # of (image file, annotation)
-    classes: list                 # K names
-    is_thing: list                # K bools
-    read_segments: Callable       # annotation -> segment map [H, W], {id: class}, crowd ids
-    category_ids: list            # the publisher's number of each class
-    panoptic: bool = False        # each segment of a thing is an instance
-    image_ids: dict = field(default_factory=dict)     # the publisher's, by name
-    shrink_to: float = math.inf   # short side of images that are larger
-
-    def __len__(self):
-        return len(self.pairs)
-
-    def __getitem__(self, index):
-        path, annotation = self.pairs[index]
-        image = torch.from_numpy(read_image(path)).permute(2, 0, 1)      # [3, H, W]
-        segment_map, class_of, crowd = self.read_segments(annotation)
-        if segment_map.shape != image.shape[1:]:
-            raise UserError(f"{path} is {tuple(image.shape[1:])}, its annotation {segment_map.shape}: "
-                            "make their heights and widths equal")
-        segment_map = torch.from_numpy(segment_map)
-        if min(segment_map.shape) > self.shrink_to:
-            image, segment_map = resized(image, segment_map, self.shrink_to)
-        return image, segment_map, class_of, crowd, Path(path).stem
-
-
-def build_dataset(name, root=None, split="train", **options):
-    """A dataset of DATASETS -> with `.classes` [K] names, `.is_thing` [K] bools and `.panoptic`.
-
-    root: where the datasets lie (default $DATA_ROOT, else ./datasets); split: train or val. Raises UserError
-    (a ValueError) for an unknown name or split, FileNotFoundError for another layout than the publisher's,
-    which is the docstring of each function below.
-    """
-    if name not in DATASETS:
-        raise UserError(f"unknown dataset {name!r}; choose from {', '.join(DATASETS)}")
-    if split not in ("train", "val"):
-        raise UserError(f"unknown split {split!r}; choose train or val")
-    root = Path(root or os.environ.get("DATA_ROOT") or "datasets")
-    try:
-        dataset = DATASETS[name](root, split, **options)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}. Expected below {root}: {layout_of(name)}") from None
-    if len(dataset) == 0:
-        raise FileNotFoundError(f"dataset {name!r} has no images in split {split!r} below {root}")
-    return dataset
-
-
-def semantic(pairs, classes, values, is_thing=None, void=None, values_of=None, **more):
-    """Label images in which `values[k]` stands for class k."""
-    read = partial(read_segments, values_of=values_of or read_labels, void=void,
-                   class_of_value={value: k for k, value in enumerate(values)})
-    more = {"category_ids": list(values)} | more
-    return SegmentationDataset(pairs, list(classes), is_thing or [False] * len(values), read, **more)
-
-
-def with_instances(pairs, classes, values, is_thing, values_of, void=None):
-    """The same in Cityscapes' coding: 1000 values[k] + n is instance n of class k."""
-    read = partial(read_segments, values_of=values_of, is_thing=is_thing, void=void,
-                   class_of_value={value: k for k, value in enumerate(values)})
-    return SegmentationDataset(pairs, list(classes), is_thing, read, list(values), panoptic=True)
-
-
-def folder(root, split):
-    """classes.txt, images/{train,val}/X.jpg, annotations/{train,val}/X.png (class indices, 255 is void)"""
-    lines = read_lines(root / "classes.txt")
-    classes = [line.removesuffix(" thing").removesuffix(" stuff") for line in lines]
-    pairs = pair_files(root / "images" / split, root / "annotations" / split)
-    return semantic(pairs, classes, range(len(classes)), [line.endswith(" thing") for line in lines],
-                    void=void_label(len(classes)))
-
-
-ADE20K_STUFF = {1, 2, 3, 4, 5, 6, 7, 10, 12, 14, 17, 18, 22, 26, 27, 29, 30, 35, 41, 47, 49, 52, 53, 55, 60,
-                61, 62, 64, 69, 78, 80, 85, 92, 95, 97, 100, 101, 102, 106, 107, 110, 114, 115, 118, 123,
-                129, 132, 141, 142, 146}
-PARTS = {"train": "training", "val": "validation"}
-
-
-def ade20k(root, split, panoptic=False):
-    """ADEChallengeData2016/{images,annotations}/{training,validation}/X.{jpg,png}, objectInfo150.txt there;
-    for panoptic segmentation also annotations_instance/{training,validation}/X.png"""
-    root, part, values = root / "ADEChallengeData2016", PARTS[split], range(1, 151)
-    pairs = pair_files(root / "images" / part, root / "annotations" / part)
-    classes = [f"class {value}" for value in values]
-    if (root / "objectInfo150.txt").exists():                            # Idx, Ratio, Train, Val, Name
-        rows = read_lines(root / "objectInfo150.txt")[1:]
-        classes = [row.split("\t")[-1].split(",")[0].strip() for row in rows]
-    if not panoptic:
-        return semantic(pairs, classes, values, void=0)
-    instances = pair_files(root / "images" / part, root / "annotations_instance" / part)
-    pairs = [(image, (annotation, instance)) for (image, annotation), (_, instance) in zip(pairs, instances)]
-    return with_instances(pairs, classes, values, [value not in ADE20K_STUFF for value in values],
-                          read_ade20k_instances, void=0)
-
-
-def ade20k_full(root, split):
-    """ADE20K_2021_17_01/{index_ade20k.pkl,images/ADE/{training,validation}/SCENE/{X.jpg,X_seg.png}}"""
-    from pretrained import ArrayUnpickler                                # runs no code of the file's
-    root = root / "ADE20K_2021_17_01"
-    with open(expect(root / "index_ade20k.pkl"), "rb") as file:
-        index = ArrayUnpickler(file).load()
-    no_part = np.asarray(index["objectPresence"]) > np.asarray(index["objectIsPart"])    # [objects, images]
-    training = np.array(["training" in name.split("/") for name in index["folder"]])
-    kept = no_part[:, training].any(1) & no_part[:, ~training].any(1)    # the 847 that both splits have
-    values = (np.flatnonzero(kept) + 1).tolist()
-    names = [index["objectnames"][value - 1] for value in values]
-    images = root / "images" / "ADE" / PARTS[split]
-    return semantic(pair_files(images, images, ".jpg", "_seg.png"), names, values, values_of=read_ade20k_full,
-                    shrink_to=512)
-
-
-CITYSCAPES = {7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole",
-              19: "traffic light", 20: "traffic sign", 21: "vegetation", 22: "terrain", 23: "sky",
-              24: "person", 25: "rider", 26: "car", 27: "truck", 28: "bus", 31: "train", 32: "motorcycle",
-              33: "bicycle"}
-
-
-def cityscapes(root, split, panoptic=False):
-    """cityscapes/leftImg8bit/{train,val}/CITY/X_leftImg8bit.png and
-    cityscapes/gtFine/{train,val}/CITY/X_gtFine_{labelIds,instanceIds (panoptic)}.png"""
-    images, annotations = (root / "cityscapes" / part / split for part in ("leftImg8bit", "gtFine"))
-    kind, is_thing = "instanceIds" if panoptic else "labelIds", [label >= 24 for label in CITYSCAPES]
-    pairs = pair_files(images, annotations, "_leftImg8bit.png", f"_gtFine_{kind}.png")
-    if not panoptic:
-        return semantic(pairs, CITYSCAPES.values(), list(CITYSCAPES), is_thing)
-    return with_instances(pairs, CITYSCAPES.values(), list(CITYSCAPES), is_thing, read_labels)
-
-
-def mapillary(root, split):
-    """mapillary_vistas/{config.json,{training,validation}/{images/X.jpg,labels/X.png}} (version 1.2)"""
-    root = root / "mapillary_vistas"
-    labels = json.loads(expect(root / "config.json").read_text(encoding="utf-8"))["labels"][:65]
-    pairs = pair_files(root / PARTS[split] / "images", root / PARTS[split] / "labels")
-    return semantic(pairs, [label["readable"] for label in labels], range(len(labels)), void=len(labels))
-
-
-VOC = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
-       "person pottedplant sheep sofa train tvmonitor").split()
-
-
-def voc(root, split):
-    """VOCdevkit/VOC2012/{JPEGImages/X.jpg,SegmentationClass/X.png,ImageSets/Segmentation/{train,val}.txt}"""
-    root = root / "VOCdevkit" / "VOC2012"
-    names = read_lines(root / "ImageSets" / "Segmentation" / f"{split}.txt")
-    pairs = pair_files(root / "JPEGImages", root / "SegmentationClass", names=names)
-    return semantic(pairs, VOC, range(21), void=255)
-
-
-def coco_stuff_10k(root, split):
-    """coco/coco_stuff_10k/{images/X.jpg,annotations/X.mat,imageLists/{train,test}.txt}; or, instead of the
-    last two, annotations_detectron2/{train,test}/X.png"""
-    root, part = root / "coco" / "coco_stuff_10k", {"train": "train", "val": "test"}[split]
-    ids = [i for i in range(1, 183) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)]
-    names, prepared = [f"COCO-Stuff {i}" for i in ids], root / "annotations_detectron2" / part
-    if prepared.exists():
-        stems = sorted(png.stem for png in prepared.glob("*.png"))
-        pairs = pair_files(root / "images", prepared, names=stems)
-        return semantic(pairs, names, range(171), void=255, category_ids=ids)
-    stems = read_lines(root / "imageLists" / f"{part}.txt")
-    pairs = pair_files(root / "images", root / "annotations", new_ending=".mat", names=stems)
-    return semantic(pairs, names, ids, void=0)
-
-
-def coco_panoptic(root, split):
-    """coco/{train,val}2017/X.jpg, coco/annotations/panoptic_{train,val}2017.json, and the PNGs in
-    panoptic_{train,val}2017/ in coco or coco/annotations"""
-    root, name = root / "coco", f"panoptic_{split}2017"
-    maps = root / name if (root / name).exists() else root / "annotations" / name
-    return coco_format(root / f"{split}2017", maps, root / "annotations" / f"{name}.json")
-
-
-def panoptic(root, split):
-    """images/{train,val}/X.jpg; in COCO's format panoptic_{train,val}/X.png and panoptic_{train,val}.json"""
-    return coco_format(root / "images" / split, root / f"panoptic_{split}", root / f"panoptic_{split}.json")
-
-
-def coco_format(images, maps, json_file):
-    """COCO's panoptic format: a folder of images, one of PNGs, a json of categories, images, annotations."""
-    expect(images), expect(maps)
-    content = json.loads(expect(json_file).read_text(encoding="utf-8"))
-    categories = sorted(content["categories"], key=lambda category: category["id"])
-    category_ids = [category["id"] for category in categories]                       # with gaps
-    file_of = {image["id"]: images / image["file_name"] for image in content["images"]}
-    annotations = sorted(content["annotations"], key=lambda annotation: annotation["image_id"])
-    pairs = [(file_of[annotation["image_id"]], annotation) for annotation in annotations]
-    read = partial(read_panoptic_png, folder=maps,
-                   class_of_id={category_id: k for k, category_id in enumerate(category_ids)})
-    names, is_thing = zip(*((category["name"], bool(category["isthing"])) for category in categories))
-    image_ids = {path.stem: annotation["image_id"] for path, annotation in pairs}
-    return SegmentationDataset(pairs, list(names), list(is_thing), read, category_ids, True, image_ids)
-
-
-# ---------------------------------------------------------------------------------------- drawn shapes
-class Shapes(Dataset):
-    """Drawn pictures: two or three textured regions (stuff), and on them one to three forms (things, each an
-    instance). A picture is a function of (seed, split, index).
-
-    num_classes: half are textures, half are forms; each has its own hue, and beyond five of either kind hue
-    alone tells some apart, so that K changes nothing but the number of classes.
-    """
-
-    textures = {"stripes": (0, 0, 0), "checks": (0, 1, 0), "dots": (0, 1, 0.5), "waves": (2, 0, 0),
-                "plain": (0, 0, -2)}                                     # see `texture`
-    lobes = {"disk": 0, "peanut": 2, "trefoil": 3, "cross": 4, "star": 5}  # of the forms
-    panoptic, image_ids = True, {}
-
-    def __init__(self, root=None, split="train", num_classes=6, size=(64, 96), length=None, seed=0):
-        self.split, self.size, self.seed = split, size, seed
-        self.length = length or {"train": 20_000, "val": 100}[split]
-        self.num_stuff, things = (num_classes + 1) // 2, num_classes // 2
-        self.is_thing = [False] * self.num_stuff + [True] * things
-        self.kinds = ((list(self.textures) * num_classes)[:self.num_stuff]
-                      + (list(self.lobes) * num_classes)[:things])
-        self.hues = [k / n for n in (self.num_stuff, things) for k in range(n)]
-        self.category_ids, self.classes = list(range(num_classes)), self.kinds
-        if num_classes > 10:
-            self.classes = [f"{kind} of hue {360 * hue:.0f}" for kind, hue in zip(self.kinds, self.hues)]
-
-    def __len__(self):
-        return self.length
-
-    def __getitem__(self, index):
-        if not 0 <= index < self.length:
-            raise IndexError(index)
-        rng = np.random.default_rng([self.seed, ("train", "val").index(self.split), index])
-        (H, W), K = self.size, len(self.classes)
-        y, x = np.mgrid[:H, :W].astype(np.float32)
-        image, segment_map, class_of = np.zeros((H, W, 3), np.float32), np.zeros((H, W), np.uint8), {}
-        boundary = np.zeros(W)
-        stuff = rng.permutation(self.num_stuff)[:rng.integers(2, 4)].tolist()
-        things = rng.integers(self.num_stuff, K, rng.integers(1, 4)).tolist() if K > self.num_stuff else []
-        for label in stuff + things:                                     # painted over one another
-            if label in stuff:
-                region, shade = y >= boundary, self.texture(self.kinds[label], rng, y, x)
-                wave = 4 * np.sin(x[0] / rng.uniform(6, 12) + rng.uniform(0, 6))
-                boundary = boundary + rng.uniform(0.25, 0.5) * H + wave
-            else:
-                region, shade = self.form(self.kinds[label], rng, y, x), np.ones_like(x)
-            class_of[len(class_of) + 1] = label
-            segment_map[region] = len(class_of)
-            hue = self.hues[label] + rng.uniform(-0.35, 0.35) / max(3, K / 2)
-            color = colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.4, 0.9), rng.uniform(0.5, 1))
-            image[region] = shade[region][:, None] * np.float32(color)
-        image += rng.standard_normal(image.shape, np.float32) * 0.03
-        area = np.bincount(segment_map.ravel(), minlength=len(class_of) + 1)
-        class_of = {i: label for i, label in class_of.items() if area[i] >= 16}          # slivers become void
-        segment_map[~np.isin(segment_map, list(class_of))] = 0
-        image = torch.from_numpy((image.clip(0, 1) * 255).astype(np.uint8)).permute(2, 0, 1)
-        return image, torch.from_numpy(segment_map), class_of, [], f"{index:05d}"
-
-    def texture(self, kind, rng, y, x):
-        """-> shade [H, W] of a turned pattern with a period of 6 to 12 pixels."""
-        angle, period = rng.uniform(0, np.pi), rng.uniform(6, 12) / (2 * np.pi)
-        z = (x + 1j * y) * (cmath.exp(1j * angle) / period)
-        bent, crossed, level = self.textures[kind]
-        dark = np.sin(z.real + bent * np.sin(z.imag / 2)) * (np.sin(z.imag) if crossed else 1) < level
-        return np.where(dark, np.float32(0.55), np.float32(1))
-
-    def form(self, kind, rng, y, x):
-        """-> region [H, W] of a turned form somewhere in the picture."""
-        (H, W), turn, radius = self.size, rng.uniform(0, 2 * np.pi), rng.uniform(0.12, 0.22) * min(self.size)
-        z = (x - W * rng.uniform(0.1, 0.9) + 1j * (y - H * rng.uniform(0.1, 0.9))) / radius
-        return abs(z) < 1 + 0.4 * np.cos(self.lobes[kind] * (np.angle(z) + turn))
-
-
-DATASETS = {
-    "shapes": Shapes, "folder": folder, "panoptic": panoptic, "ade20k": ade20k, "ade20k-full": ade20k_full,
-    "ade20k-panoptic": partial(ade20k, panoptic=True), "coco-panoptic": coco_panoptic, "voc": voc,
-    "coco-stuff-10k": coco_stuff_10k, "cityscapes": cityscapes, "mapillary": mapillary,
-    "cityscapes-panoptic": partial(cityscapes, panoptic=True)}
-
-
-# ---------------------------------------------------------------------------------------- download
-COCO = "http://images.cocodataset.org"
-DOWNLOADS = {                                         # url, what it leaves below the root, md5 or sha1
-    "ade20k": [("http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
-                "ADEChallengeData2016", "219e1696abb36c8ba3a3afe7fb2f4b4606a897c7"),
-               ("http://sceneparsing.csail.mit.edu/data/ChallengeData2017/annotations_instance.tar",
-                "ADEChallengeData2016/annotations_instance", None)],
-    "coco-panoptic": [(f"{COCO}/zips/train2017.zip", "coco/train2017", None),
-                      (f"{COCO}/zips/val2017.zip", "coco/val2017", None),
-                      (f"{COCO}/annotations/panoptic_annotations_trainval2017.zip",
-                       "coco/annotations/panoptic_val2017.json", None)],
-    "voc": [("http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar", "VOCdevkit",
-             "6cd6e144f989b92b3379bac3b3de84fd")]}
-DOWNLOADS["ade20k-panoptic"] = DOWNLOADS["ade20k"]
-LOGINS = {"cityscapes": "https://www.cityscapes-dataset.com",
-          "mapillary": "https://www.mapillary.com/dataset/vistas",
-          "ade20k-full": "https://ade20k.csail.mit.edu",
-          "coco-stuff-10k": "https://github.com/nightrome/cocostuff10k"}
-
-
-def download(name, root=None):
-    """Fetches and unpacks what of a dataset is not there yet; an interrupted call is continued by the next.
-
-    Raises UserError for data that cannot be had this way, for a full disk and for broken files.
-    """
-    if name not in DOWNLOADS:
-        site = LOGINS.get(name.removesuffix("-panoptic"))
-        raise UserError(f"--download: {name} needs a login; register at {site}, unpack, and make this layout "
-                        f"below --data-root: {layout_of(name)} (see docs/DATASETS.md)" if site else
-                        f"--download: {name} is your own or drawn, there is nothing to fetch")
-    root = Path(root or os.environ.get("DATA_ROOT") or "datasets")
-    for url, result, checksum in DOWNLOADS[name]:
-        archive = root / url.rpartition("/")[2]                          # stays until it is unpacked
-        folder = root / Path(result).parts[0] if "/" in result else root
-        if (root / result).exists() and not archive.exists():
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            if not archive.exists():
-                fetch(url, archive, checksum)
-            print(f"unpacking {archive}", flush=True)
-            unpack(archive, folder)
-            for inner in folder.glob("annotations/panoptic_*2017.zip"):  # COCO's holds two more
-                unpack(inner, inner.parent)
-                inner.unlink()
-        except UserError:
-            raise
-        except Exception as error:                                       # a broken file can raise anything
-            if isinstance(error, shutil.ReadError) or not isinstance(error, OSError):
-                archive.unlink(missing_ok=True)                          # but a full disk is no reason
-            raise UserError(f"{url}: {error}; run again to go on") from error
-        archive.unlink()
-
-
-def unpack(archive, folder):
-    """Nothing leaves `folder`: zip files lose the names that would, tar files with such are refused."""
-    shutil.unpack_archive(archive, folder, **({"filter": "data"} if archive.suffix == ".tar" else {}))
-
-
-def fetch(url, file, checksum):
-    """A file by way of FILE.part, which is continued if it is there and the server can."""
-    part, told = file.with_name(f"{file.name}.part"), time.time()
-    have = max(0, part.stat().st_size - 1) if part.exists() else 0       # one less: the rest is never empty
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
-    try:
-        answer = urllib.request.urlopen(request, timeout=60)
-    except urllib.error.HTTPError as error:
-        if error.code == 416:                                            # the part is of a longer file
-            part.unlink()
-        raise
-    with answer, open(part, "ab") as out:
-        have = have if answer.status == 206 else 0
-        total, free = have + int(answer.headers["Content-Length"] or 0), shutil.disk_usage(part.parent).free
-        if 2 * total - have > free:
-            raise UserError(f"{url} needs {(2 * total - have) / 1e9:.1f} GB, also to unpack it; "
-                            f"{part.parent} has {free / 1e9:.1f}")
-        out.truncate(have)
-        while block := answer.read(2 ** 20):
-            have += out.write(block)
-            if time.time() - told > 10:
-                print(f"{file.name}: {have / 1e6:.0f} of {total / 1e6:.0f} MB", flush=True)
-                told = time.time()
-    if have < total:
-        raise UserError(f"{url} broke off at {have} of {total} bytes: run again to go on")
-    digest = hashlib.md5() if checksum and len(checksum) == 32 else hashlib.sha1()
-    with open(part, "rb") as content:
-        while block := content.read(2 ** 20):
-            digest.update(block)
-    if checksum not in (None, digest.hexdigest()):
-        part.unlink()
-        raise UserError(f"{url} has the checksum {digest.hexdigest()} instead of {checksum}: run again")
-    part.replace(file)
-
-
 # ---------------------------------------------------------------------------------------- files
-def layout_of(name):
-    """The docstring of its function."""
-    return " ".join(getattr(DATASETS[name], "func", DATASETS[name]).__doc__.split())
-
-
-def expect(path):
-    """`path`, or FileNotFoundError that says what was found instead."""
-    if path.exists():
-        return path
-    nearest = next(parent for parent in path.absolute().parents if parent.is_dir())
-    found = ", ".join(sorted(entry.name for entry in nearest.iterdir())[:12]) or "nothing"
-    raise FileNotFoundError(f"{path} does not exist. Found in {nearest}: {found}")
-
-
 def read_lines(path):
-    lines = expect(path).read_text(encoding="utf-8-sig").split("\n")
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
     return [line.strip() for line in lines if line.strip()]
 
 
 def pair_files(images, annotations, ending="", new_ending=".png", names=None):
     """[(image, annotation)], sorted: an image's name with another ending is its annotation's. names: of the
     JPEGs that count (default: all images that end in `ending`)."""
+    images.stat(), annotations.stat()                                    # FileNotFoundError if not there
     suffixes = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-    expect(images), expect(annotations)
-    files = [images / f"{name}.jpg" for name in names or []]
-    if names is None:
-        files = sorted(images.rglob(f"[!.]*{ending}"))
-        files = [path for path in files if path.suffix.lower() in suffixes]
-    names = [path.relative_to(images).as_posix().removesuffix(ending or path.suffix) for path in files]
-    pairs = [(path, annotations / (name + new_ending)) for path, name in zip(files, names)]
-    missing = [path for pair in pairs for path in pair if not path.exists()]
+    files = sorted(images.rglob(f"[!.]*{ending}")) if names is None else [images / f"{n}.jpg" for n in names]
+    stems = [path.relative_to(images).as_posix().removesuffix(ending or path.suffix) for path in files]
+    pairs = [(path, annotations / (stem + new_ending)) for path, stem in zip(files, stems)
+             if path.suffix.lower() in suffixes]
+    missing = [str(path) for pair in pairs for path in pair if not path.exists()]
     if missing:
-        raise FileNotFoundError(f"{len(missing)} files are missing for {len(pairs)} images: {missing[0]} ..")
+        raise FileNotFoundError(errno.ENOENT, f"{len(missing)} files are missing for {len(pairs)} images",
+                                missing[0])
     return pairs
 
 
@@ -519,65 +135,387 @@ def read_labels(path):
     return values.astype(np.int32)
 
 
-def read_ade20k_full(path):
-    """-> values [H, W] out of the red and green channel."""
-    rgb = np.array(open_image(path).convert("RGB")).astype(np.int32)
-    return rgb[..., 0] // 10 * 256 + rgb[..., 1]
+def read_segments(annotation, values_of, class_of_value, void, is_thing=None):
+    """-> segment map [H, W] with ids 1, 2, .. in the order of the values, {id: class}, crowd ids. void: the
+    value without class; None: all others. With `is_thing`, values are in Cityscapes' coding: 1000 v + n is
+    instance n of v, and a bare v of a thing is a crowd of it."""
+    values = values_of(annotation)
+    present = np.flatnonzero(np.bincount(values.ravel())).tolist()
+    label_of = {value: class_of_value.get(value // 1000 if is_thing and value >= 1000 else value)
+                for value in present}
+    known = [value for value in present if label_of[value] is not None]
+    wrong = sorted({*present} - {*known, void})
+    if wrong and void is not None:
+        raise UserError(f"{annotation} holds {wrong[:10]}; classes are {min(class_of_value)}.."
+                        f"{max(class_of_value)}, void is {void}. If labels start at 1, subtract 1; if the "
+                        "list of classes is too short, complete it")
+    id_of = np.zeros(int(values.max()) + 1, np.uint8 if len(known) <= 255 else np.int32)
+    id_of[known] = range(1, len(known) + 1)
+    class_of = {i: label_of[value] for i, value in enumerate(known, 1)}
+    crowd = [i for i, value in enumerate(known, 1) if is_thing and value < 1000 and is_thing[class_of[i]]]
+    return id_of[values], class_of, crowd
+
+
+# ---------------------------------------------------------------------------------------- datasets
+@dataclass(eq=False)
+class SegmentationDataset(Dataset):
+    """Images with segment maps."""
+    pairs: list                   # of (image file, annotation)
+    classes: list                 # K names
+    is_thing: list                # K bools
+    read_segments: Callable       # annotation -> segment map [H, W], {id: class}, crowd ids
+    category_ids: list            # the publisher's number of each class
+    panoptic: bool = False        # each segment of a thing is an instance
+    image_ids: dict = field(default_factory=dict)     # the publisher's, by name
+    shrink_to: float = math.inf   # short side of images that are larger
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, index):
+        path, annotation = self.pairs[index]
+        image = torch.from_numpy(read_image(path)).permute(2, 0, 1)      # [3, H, W]
+        segment_map, class_of, crowd = self.read_segments(annotation)
+        if segment_map.shape != image.shape[1:]:
+            raise UserError(f"{path} is {tuple(image.shape[1:])}, its annotation {segment_map.shape}: "
+                            "make their heights and widths equal")
+        segment_map = torch.from_numpy(segment_map)
+        if min(segment_map.shape) > self.shrink_to:
+            image, segment_map = resized(image, segment_map, self.shrink_to)
+        return image, segment_map, class_of, crowd, Path(path).stem
+
+
+def build_dataset(name, root=None, split="train", **options):
+    """A dataset of DATASETS. root: where they lie (default $DATA_ROOT, else ./datasets). Raises UserError for
+    an unknown name or split, FileNotFoundError for another layout than its publisher's."""
+    if name not in DATASETS:
+        raise UserError(f"unknown dataset {name!r}; choose from {', '.join(DATASETS)}")
+    if split not in ("train", "val"):
+        raise UserError(f"unknown split {split!r}; choose train or val")
+    root = Path(root or os.environ.get("DATA_ROOT") or "datasets")
+    try:
+        dataset = DATASETS[name](root, split, **options)
+    except FileNotFoundError as error:
+        nearest = next(folder for folder in Path(error.filename).absolute().parents if folder.is_dir())
+        found = ", ".join(sorted(os.listdir(nearest))[:12]) or "nothing"
+        raise FileNotFoundError(f"{error}. Found in {nearest}: {found}. Expected below {root}: "
+                                f"{layout_of(name)}") from None
+    if len(dataset) == 0:
+        raise FileNotFoundError(f"dataset {name!r} has no images in split {split!r} below {root}")
+    return dataset
+
+
+def layout_of(name):
+    """The docstring of its function."""
+    return " ".join(getattr(DATASETS[name], "func", DATASETS[name]).__doc__.split())
+
+
+def labelled(pairs, classes, values, is_thing=None, void=None, values_of=read_labels, panoptic=False, **more):
+    """Label images in which `values[k]` is class k, or, if panoptic, 1000 values[k] + n an instance of it."""
+    is_thing = is_thing or [False] * len(values)
+    read = partial(read_segments, values_of=values_of, void=void, is_thing=is_thing if panoptic else None,
+                   class_of_value={value: k for k, value in enumerate(values)})
+    more = {"category_ids": list(values)} | more
+    return SegmentationDataset(pairs, list(classes), is_thing, read, panoptic=panoptic, **more)
+
+
+def folder(root, split):
+    """classes.txt, images/{train,val}/X.jpg, annotations/{train,val}/X.png (class indices, 255 is void)"""
+    lines = read_lines(root / "classes.txt")
+    classes = [line.removesuffix(" thing").removesuffix(" stuff") for line in lines]
+    pairs = pair_files(root / "images" / split, root / "annotations" / split)
+    return labelled(pairs, classes, range(len(classes)), [line.endswith(" thing") for line in lines],
+                    void=void_label(len(classes)))
+
+
+ADE20K_STUFF = {1, 2, 3, 4, 5, 6, 7, 10, 12, 14, 17, 18, 22, 26, 27, 29, 30, 35, 41, 47, 49, 52, 53, 55, 60,
+                61, 62, 64, 69, 78, 80, 85, 92, 95, 97, 100, 101, 102, 106, 107, 110, 114, 115, 118, 123,
+                129, 132, 141, 142, 146}
+PARTS = {"train": "training", "val": "validation"}
+
+
+def ade20k(root, split, panoptic=False):
+    """ADEChallengeData2016/{images,annotations}/{training,validation}/X.{jpg,png}, objectInfo150.txt there;
+    for panoptic segmentation also annotations_instance/{training,validation}/X.png"""
+    root, part, values = root / "ADEChallengeData2016", PARTS[split], range(1, 151)
+    pairs = pair_files(root / "images" / part, root / "annotations" / part)
+    classes = [f"class {value}" for value in values]
+    if (root / "objectInfo150.txt").exists():                            # Idx, Ratio, Train, Val, Name
+        rows = read_lines(root / "objectInfo150.txt")[1:]
+        classes = [row.split("\t")[-1].split(",")[0].strip() for row in rows]
+    if not panoptic:
+        return labelled(pairs, classes, values, void=0)
+    instances = pair_files(root / "images" / part, root / "annotations_instance" / part)
+    pairs = [(image, (annotation, instance)) for (image, annotation), (_, instance) in zip(pairs, instances)]
+    return labelled(pairs, classes, values, [value not in ADE20K_STUFF for value in values], 0,
+                    read_ade20k_instances, panoptic=True)
 
 
 def read_ade20k_instances(paths):
     """Classes and instances (R: which of the things, 0 none; G: its number) -> Cityscapes' coding [H, W].
     Instances cover stuff; pixels of things without an instance become void."""
     things = np.array([0] + [value for value in range(1, 151) if value not in ADE20K_STUFF])
-    values = read_labels(paths[0])
-    which, number = np.array(open_image(paths[1]).convert("RGB")).astype(np.int32)[..., :2].transpose(2, 0, 1)
+    values, rgb = read_labels(paths[0]), read_image(paths[1]).astype(np.int32)
+    which, number = rgb[..., 0], rgb[..., 1]
     if which.shape != values.shape or which.max() > 100:
         raise UserError(f"{paths[1]}, {which.shape} with categories up to {which.max()} of 100, does not "
                         f"hold the instances of {paths[0]}, {values.shape}")
     return np.where(which > 0, 1000 * things[which] + number, np.where(np.isin(values, things), 0, values))
 
 
-def read_segments(annotation, values_of, class_of_value, void=None, is_thing=None):
-    """-> segment map [H, W] with ids 1, 2, .. in the order of the values, {id: class}, crowd ids.
+def ade20k_full(root, split):
+    """ADE20K_2021_17_01/{index_ade20k.pkl,images/ADE/{training,validation}/SCENE/{X.jpg,X_seg.png}}
+    (https://ade20k.csail.mit.edu)"""
+    from pretrained import ArrayUnpickler                                # runs no code of the file's
+    root = root / "ADE20K_2021_17_01"
+    with open(root / "index_ade20k.pkl", "rb") as file:
+        index = ArrayUnpickler(file).load()
+    no_part = np.asarray(index["objectPresence"]) > np.asarray(index["objectIsPart"])    # [objects, images]
+    training = np.array(["training" in name.split("/") for name in index["folder"]])
+    kept = no_part[:, training].any(1) & no_part[:, ~training].any(1)    # the 847 that both splits have
+    values = (np.flatnonzero(kept) + 1).tolist()
+    names = [index["objectnames"][value - 1] for value in values]
+    images = root / "images" / "ADE" / PARTS[split]
+    return labelled(pair_files(images, images, ".jpg", "_seg.png"), names, values, values_of=read_ade20k_full,
+                    shrink_to=512)
 
-    void: the value without class (default: all but `class_of_value`). With `is_thing`, values are in
-    Cityscapes' coding: 1000 v + n is instance n of v, and a bare v of a thing is a crowd of it. Raises
-    UserError for values that are neither class nor void.
-    """
-    values = values_of(annotation)
-    class_of, crowd, wrong, id_of = {}, [], [], np.zeros(int(values.max()) + 1, np.int32)
-    for value in np.flatnonzero(np.bincount(values.ravel())).tolist():
-        label = class_of_value.get(value // 1000 if is_thing and value >= 1000 else value)
-        if label is not None:
-            id_of[value] = i = len(class_of) + 1
-            class_of[i] = label
-            crowd += [i] * bool(is_thing and value < 1000 and is_thing[label])
-        elif void not in (None, value):
-            wrong.append(value)
-    if wrong:
-        raise UserError(f"{annotation} holds {wrong[:10]}; classes are {min(class_of_value)}.."
-                        f"{max(class_of_value)}, void is {void}. If labels start at 1, subtract 1; if the "
-                        "list of classes is too short, complete it")
-    return id_of.astype(np.uint8 if len(class_of) <= 255 else np.int32)[values], class_of, crowd
+
+def read_ade20k_full(path):
+    rgb = read_image(path).astype(np.int32)
+    return rgb[..., 0] // 10 * 256 + rgb[..., 1]
+
+
+def cityscapes(root, split, panoptic=False):
+    """cityscapes/leftImg8bit/{train,val}/CITY/X_leftImg8bit.png and
+    cityscapes/gtFine/{train,val}/CITY/X_gtFine_{labelIds,instanceIds (panoptic)}.png
+    (https://www.cityscapes-dataset.com)"""
+    images, annotations = (root / "cityscapes" / part / split for part in ("leftImg8bit", "gtFine"))
+    kind = "instanceIds" if panoptic else "labelIds"
+    pairs = pair_files(images, annotations, "_leftImg8bit.png", f"_gtFine_{kind}.png")
+    names, values, is_thing = zip(*((label.name, label.id, label.has_instances)
+                                    for label in Cityscapes.classes if not label.ignore_in_eval))
+    return labelled(pairs, names, values, list(is_thing), panoptic=panoptic)
+
+
+def mapillary(root, split):
+    """mapillary_vistas/{config.json,{training,validation}/{images/X.jpg,labels/X.png}}
+    (https://www.mapillary.com/dataset/vistas, version 1.2)"""
+    root = root / "mapillary_vistas"
+    labels = json.loads((root / "config.json").read_text(encoding="utf-8"))["labels"][:65]
+    pairs = pair_files(root / PARTS[split] / "images", root / PARTS[split] / "labels")
+    return labelled(pairs, [label["readable"] for label in labels], range(len(labels)), void=len(labels))
+
+
+def voc(root, split):
+    """VOCdevkit/VOC2012/{JPEGImages/X.jpg,SegmentationClass/X.png,ImageSets/Segmentation/{train,val}.txt}"""
+    root = root / "VOCdevkit" / "VOC2012"
+    names = read_lines(root / "ImageSets" / "Segmentation" / f"{split}.txt")
+    pairs = pair_files(root / "JPEGImages", root / "SegmentationClass", names=names)
+    classes = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
+               "motorbike person pottedplant sheep sofa train tvmonitor").split()
+    return labelled(pairs, classes, range(21), void=255)
+
+
+def coco_stuff_10k(root, split):
+    """coco/coco_stuff_10k/{images/X.jpg,annotations/X.mat,imageLists/{train,test}.txt}; or, instead of the
+    annotations, annotations_detectron2/{train,test}/X.png (https://github.com/nightrome/cocostuff10k)"""
+    root, part = root / "coco" / "coco_stuff_10k", {"train": "train", "val": "test"}[split]
+    ids = [i for i in range(1, 183) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)]
+    maps, ending, values, void = root / "annotations", ".mat", ids, 0
+    if (root / "annotations_detectron2").exists():
+        maps, ending, values, void = root / "annotations_detectron2" / part, ".png", range(171), 255
+    stems = read_lines(root / "imageLists" / f"{part}.txt")
+    pairs = pair_files(root / "images", maps, new_ending=ending, names=stems)
+    return labelled(pairs, [f"COCO-Stuff {i}" for i in ids], values, void=void, category_ids=ids)
+
+
+def coco_panoptic(root, split):
+    """coco/{train,val}2017/X.jpg, coco/annotations/panoptic_{train,val}2017.json, and the PNGs in
+    panoptic_{train,val}2017/ in coco or coco/annotations"""
+    root, name = root / "coco", f"panoptic_{split}2017"
+    maps = root / name if (root / name).exists() else root / "annotations" / name
+    return coco_format(root / f"{split}2017", maps, root / "annotations" / f"{name}.json")
+
+
+def panoptic(root, split):
+    """images/{train,val}/X.jpg; in COCO's format panoptic_{train,val}/X.png and panoptic_{train,val}.json"""
+    return coco_format(root / "images" / split, root / f"panoptic_{split}", root / f"panoptic_{split}.json")
+
+
+def coco_format(images, maps, json_file):
+    """COCO's panoptic format: a folder of images, one of PNGs, a json of categories, images, annotations."""
+    images.stat(), maps.stat()                                           # FileNotFoundError if not there
+    content = json.loads(json_file.read_text(encoding="utf-8"))
+    categories = sorted(content["categories"], key=lambda category: category["id"])
+    category_ids = [category["id"] for category in categories]                       # with gaps
+    file_of = {image["id"]: images / image["file_name"] for image in content["images"]}
+    annotations = sorted(content["annotations"], key=lambda annotation: annotation["image_id"])
+    pairs = [(file_of[annotation["image_id"]], annotation) for annotation in annotations]
+    read = partial(read_panoptic_png, folder=maps,
+                   class_of_id={category_id: k for k, category_id in enumerate(category_ids)})
+    names, is_thing = zip(*((category["name"], bool(category["isthing"])) for category in categories))
+    image_ids = {path.stem: annotation["image_id"] for path, annotation in pairs}
+    return SegmentationDataset(pairs, list(names), list(is_thing), read, category_ids, True, image_ids)
 
 
 def read_panoptic_png(annotation, folder, class_of_id):
     """An entry of COCO's json and its PNG, where id = R + 256 G + 65536 B -> segment map [H, W] with ids 1,
-    2, .. in the order of the json's ids, {id: class}, crowd ids. class_of_id: {category id: class}.
-
-    Raises UserError for ids in the PNG that the json does not list.
-    """
+    2, .. in the order of the json's ids, {id: class}, crowd ids. class_of_id: {category id: class}."""
     path = folder / annotation["file_name"]
-    ids = np.array(open_image(path).convert("RGB")).astype(np.int32) @ np.array([1, 256, 65536], np.int32)
+    ids = read_image(path).astype(np.int32) @ np.array([1, 256, 65536], np.int32)            # [H, W]
     segments = sorted(annotation["segments_info"], key=lambda segment: segment["id"])
     listed = np.array([0] + [segment["id"] for segment in segments])
     segment_map = np.searchsorted(listed, ids).clip(max=len(segments))
-    if (listed[segment_map] != ids).any():
-        wrong = np.unique(ids[listed[segment_map] != ids]).tolist()
+    wrong = np.unique(ids[listed[segment_map] != ids]).tolist()
+    if wrong:
         raise UserError(f"{path} holds the segment ids {wrong[:10]} that its entry in the json lacks")
     class_of = {i: class_of_id[segment["category_id"]] for i, segment in enumerate(segments, 1)}
     crowd = [i for i, segment in enumerate(segments, 1) if segment.get("iscrowd")]
     return segment_map.astype(np.uint8 if len(segments) <= 255 else np.int32), class_of, crowd
+
+
+# ---------------------------------------------------------------------------------------- drawn shapes
+TEXTURES = {"stripes": (0, 0, 0), "checks": (0, 1, 0), "dots": (0, 1, 0.5), "waves": (2, 0, 0),
+            "plain": (0, 0, -2)}                      # bent, crossed, level: see `texture`
+FORMS = {"disk": 0, "peanut": 2, "trefoil": 3, "cross": 4, "star": 5}    # lobes: see `form`
+
+
+class Shapes(SegmentationDataset):
+    """Drawn pictures: two or three textured regions (stuff), and on them one to three forms (things, each an
+    instance). A picture is a function of (seed, split, index). Half of the classes are textures, half forms;
+    each has its own hue, which alone tells some apart where there are more than five of a kind."""
+
+    def __init__(self, root=None, split="train", num_classes=6, size=(64, 96), length=None, seed=0):
+        self.size, self.seed = size, [seed, ("train", "val").index(split)]
+        self.num_stuff, num_things = (num_classes + 1) // 2, num_classes // 2
+        self.kinds = ((list(TEXTURES) * num_classes)[:self.num_stuff]
+                      + (list(FORMS) * num_classes)[:num_things])
+        self.hues = [k / n for n in (self.num_stuff, num_things) for k in range(n)]
+        hued = [f"{kind} of hue {360 * hue:.0f}" for kind, hue in zip(self.kinds, self.hues)]
+        numbers = range(length or {"train": 20_000, "val": 100}[split])
+        super().__init__([(f"{number:05d}", None) for number in numbers],
+                         self.kinds if num_classes <= 10 else hued,
+                         [k >= self.num_stuff for k in range(num_classes)], read_segments=None,
+                         category_ids=list(range(num_classes)), panoptic=True)
+
+    def __getitem__(self, index):
+        name, _ = self.pairs[index]
+        rng, (H, W), K = np.random.default_rng([*self.seed, index]), self.size, len(self.classes)
+        y, x = np.mgrid[:H, :W].astype(np.float32)
+        image, segment_map = np.zeros((H, W, 3), np.float32), np.zeros((H, W), np.uint8)
+        stuff = rng.permutation(self.num_stuff)[:rng.integers(2, 4)].tolist()
+        things = rng.integers(self.num_stuff, K, rng.integers(1, 4)).tolist() if K > self.num_stuff else []
+        class_of, boundary = dict(enumerate(stuff + things, 1)), np.zeros(W)
+        for i, label in class_of.items():                                # painted over one another
+            if label in stuff:
+                region, shade = y >= boundary, texture(self.kinds[label], rng, x + 1j * y)
+                wave = 4 * np.sin(x[0] / rng.uniform(6, 12) + rng.uniform(0, 6))
+                boundary = boundary + rng.uniform(0.25, 0.5) * H + wave
+            else:
+                region, shade = form(self.kinds[label], rng, x + 1j * y), np.ones_like(x)
+            hue = self.hues[label] + rng.uniform(-0.35, 0.35) / max(3, K / 2)
+            color = colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.4, 0.9), rng.uniform(0.5, 1))
+            image[region], segment_map[region] = shade[region][:, None] * np.float32(color), i
+        image += rng.standard_normal(image.shape, np.float32) * 0.03
+        area = np.bincount(segment_map.ravel(), minlength=len(class_of) + 1)
+        class_of = {i: label for i, label in class_of.items() if area[i] >= 16}          # slivers become void
+        segment_map[~np.isin(segment_map, list(class_of))] = 0
+        image = torch.from_numpy((image.clip(0, 1) * 255).astype(np.uint8)).permute(2, 0, 1)
+        return image, torch.from_numpy(segment_map), class_of, [], name
+
+
+def texture(kind, rng, z):
+    """-> shade [H, W] of a turned pattern with a period of 6 to 12 pixels. z: x + iy of each pixel."""
+    angle, period = rng.uniform(0, np.pi), rng.uniform(6, 12) / (2 * np.pi)
+    z = z * (cmath.exp(1j * angle) / period)
+    bent, crossed, level = TEXTURES[kind]
+    dark = np.sin(z.real + bent * np.sin(z.imag / 2)) * (np.sin(z.imag) if crossed else 1) < level
+    return np.where(dark, np.float32(0.55), np.float32(1))
+
+
+def form(kind, rng, z):
+    """-> region [H, W] of a turned form somewhere in the picture."""
+    (H, W), turn = z.shape, rng.uniform(0, 2 * np.pi)
+    radius = rng.uniform(0.12, 0.22) * min(H, W)
+    z = (z - complex(W * rng.uniform(0.1, 0.9), H * rng.uniform(0.1, 0.9))) / radius
+    return abs(z) < 1 + 0.4 * np.cos(FORMS[kind] * (np.angle(z) + turn))
+
+
+DATASETS = {
+    "shapes": Shapes, "folder": folder, "panoptic": panoptic, "ade20k": ade20k, "ade20k-full": ade20k_full,
+    "ade20k-panoptic": partial(ade20k, panoptic=True), "coco-panoptic": coco_panoptic, "voc": voc,
+    "coco-stuff-10k": coco_stuff_10k, "cityscapes": cityscapes, "mapillary": mapillary,
+    "cityscapes-panoptic": partial(cityscapes, panoptic=True)}
+
+
+# ---------------------------------------------------------------------------------------- download
+COCO = "http://images.cocodataset.org"
+DOWNLOADS = {                                         # url, what it leaves below the root, md5 or sha1
+    "ade20k": [("http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
+                "ADEChallengeData2016", "219e1696abb36c8ba3a3afe7fb2f4b4606a897c7"),
+               ("http://sceneparsing.csail.mit.edu/data/ChallengeData2017/annotations_instance.tar",
+                "ADEChallengeData2016/annotations_instance", None)],
+    "coco-panoptic": [(f"{COCO}/zips/train2017.zip", "coco/train2017", None),
+                      (f"{COCO}/zips/val2017.zip", "coco/val2017", None),
+                      (f"{COCO}/annotations/panoptic_annotations_trainval2017.zip",
+                       "coco/annotations/panoptic_val2017.json", None)],
+    "voc": [("http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar", "VOCdevkit",
+             "6cd6e144f989b92b3379bac3b3de84fd")]}
+DOWNLOADS["ade20k-panoptic"] = DOWNLOADS["ade20k"]
+
+
+def download(name, root=None):
+    """Fetches and unpacks what of a dataset is not there yet; call it again after an interruption. Raises
+    UserError for data that cannot be had this way, for a full disk and for broken files."""
+    if name not in DOWNLOADS:
+        reason = "needs a login" if "https:" in layout_of(name) else "is your own or drawn"
+        raise UserError(f"--download: {name} {reason}, it cannot be fetched. What belongs below --data-root: "
+                        f"{layout_of(name)} (see docs/DATASETS.md)")
+    root = Path(root or os.environ.get("DATA_ROOT") or "datasets")
+    for url, result, checksum in DOWNLOADS[name]:
+        archive = root / url.rpartition("/")[2]                          # stays until it is unpacked
+        folder = root / Path(result).parts[0] if "/" in result else root
+        if (root / result).exists() and not archive.exists():
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        # Nothing leaves `folder`: zip files lose the names that would, tar files with such are refused.
+        safely = {"filter": "data"} if archive.suffix == ".tar" else {}
+        try:
+            if not archive.exists():
+                fetch(url, archive, checksum)
+            print(f"unpacking {archive}", flush=True)
+            shutil.unpack_archive(archive, folder, **safely)
+            for inner in folder.glob("annotations/panoptic_*2017.zip"):  # COCO's holds two more
+                shutil.unpack_archive(inner, inner.parent)
+                inner.unlink()
+        except Exception as error:                                       # a broken file can raise anything
+            if isinstance(error, shutil.ReadError) or not isinstance(error, OSError):
+                archive.unlink(missing_ok=True)                          # but a full disk is no reason
+            raise UserError(f"{url}: {error}; run again to go on") from error
+        archive.unlink()
+
+
+def fetch(url, archive, checksum):
+    """By way of ARCHIVE.part: an archive that is there is whole."""
+    part = archive.with_name(f"{archive.name}.part")
+
+    def report(blocks, block_size, total):
+        free = shutil.disk_usage(archive.parent).free if blocks == 0 else math.inf
+        if 2 * total > free:
+            raise UserError(f"needs {2 * total / 1e9:.1f} GB, also to unpack it; {archive.parent} has "
+                            f"{free / 1e9:.1f}")
+        if blocks % 1000 == 0:
+            done = f"{blocks * block_size / 1e6:.0f} of {total / 1e6:.0f} MB"
+            print(f"\r{archive.name}: {done}", end="", flush=True)
+
+    urllib.request.urlretrieve(url, part, report)                        # an error if it breaks off
+    print()
+    digest = hashlib.md5 if checksum and len(checksum) == 32 else hashlib.sha1
+    found = checksum and digest(np.memmap(part, mode="r")).hexdigest()
+    if found != checksum:
+        part.unlink()
+        raise UserError(f"has the checksum {found} instead of {checksum}")
+    part.replace(archive)
 
 
 # ---------------------------------------------------------------------------------------- augmentation
@@ -631,8 +569,11 @@ def fit(size, short_side, max_long_side):
 
 
 def pad_to(x, size, value):
-    """Pads [..., H, W] at the right and the bottom to `size`."""
-    return F.pad(torch.as_tensor(x), (0, size[1] - x.shape[-1], 0, size[0] - x.shape[-2]), value=value)
+    """Pads [..., H, W] at the right and the bottom to `size`, with one value or one for each channel."""
+    padded = torch.empty(*x.shape[:-2], *size, dtype=x.dtype)
+    padded[:] = torch.tensor(value)[..., None, None]
+    padded[..., :x.shape[-2], :x.shape[-1]] = x
+    return padded
 
 
 # ---------------------------------------------------------------------------------------- batches
@@ -677,10 +618,8 @@ class FirstImages(Subset):
 
 
 class TrainingSamples(Dataset):
-    """An endless stream of augmented samples: the n-th is a function of (seed, n) and nothing else.
-
-    task "semantic" merges the segments of a class. Crowd segments and what the crop emptied are dropped.
-    """
+    """An endless stream of augmented samples: the n-th is a function of (seed, n) and nothing else. Task
+    "semantic" merges the segments of a class. Crowd segments and what the crop emptied are dropped."""
 
     def __init__(self, dataset, augment, seed=0, task="panoptic"):
         self.dataset, self.augment, self.seed, self.task = dataset, augment, seed, task
@@ -728,12 +667,10 @@ def collate(samples):
     normalisation) and void."""
     images, segment_maps, ids, labels, names = zip(*samples)
     size = [max(image.shape[d] for image in images) for d in (1, 2)]
-    if any(list(image.shape[1:]) != size for image in images):
-        images = [torch.stack([pad_to(channel, size, mean) for channel, mean in zip(image, (124, 116, 104))])
-                  for image in images]
-    owner = torch.arange(len(ids)).repeat_interleave(torch.tensor([len(i) for i in ids]))
+    images = torch.stack([pad_to(image, size, (124, 116, 104)) for image in images])
     segment_maps = torch.stack([pad_to(segment_map, size, 0) for segment_map in segment_maps])
-    return Batch(torch.stack(images), segment_maps, torch.cat(ids), torch.cat(labels), owner, list(names))
+    owner = torch.repeat_interleave(torch.tensor([len(i) for i in ids]))
+    return Batch(images, segment_maps, torch.cat(ids), torch.cat(labels), owner, list(names))
 
 
 def step_batches(first, steps, batch_size, rank=0, world_size=1, accumulate=1):

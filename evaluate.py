@@ -5,10 +5,8 @@ Letters   Q queries · K classes · H W size of the original image · h w size o
     python evaluate.py --checkpoint runs/shapes-001/last.pt                  # the metrics of its dataset
     python evaluate.py --weights maskformer_R50_bs16_160k --images photo.jpg --save out
 """
-import argparse
 import colorsys
 import json
-import os
 import time
 from pathlib import Path
 
@@ -21,11 +19,12 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.v2.functional import resize, to_pil_image
 from torchvision.utils import draw_segmentation_masks
 
-from data import (ADE20K_STUFF, DATASETS, SegmentationDataset, build_dataset, fit, label_map, read_image,
-                  recipe, void_label)
+from data import (ADE20K_STUFF, DATASETS, SegmentationDataset, UserError, build_dataset, fit, label_map,
+                  read_image, recipe, void_label)
 from maskformer import (MaskFormer, PerPixelBaseline, PerPixelBaselinePlus, panoptic_inference,
                         semantic_inference)
 from pretrained import load_official
+from run import Flags, command, process, read_checkpoint, start_process
 
 SCORES_AT_ONCE = 2 ** 26              # floats of class scores at the original size held at a time
 TEST_OPTIONS = ("test_short_side", "test_max_long_side", "object_threshold", "overlap_threshold")
@@ -131,14 +130,9 @@ def sum_over_processes(counts):
     """A CPU tensor, summed over all processes."""
     if process()[1] == 1:
         return counts
-    total = counts.to("cuda" if dist.get_backend() == "nccl" else "cpu", copy=True)
+    total = counts.clone()
     dist.all_reduce(total)
-    return total.cpu()
-
-
-def process():
-    """-> rank of this process, number of processes."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return total
 
 
 # ---------------------------------------------------------------------------------------- prediction
@@ -369,17 +363,6 @@ def draw_queries(model, dataset, path, test_short_side, test_max_long_side, **_)
 
 
 # ---------------------------------------------------------------------------------------- commands
-def start_process():
-    """Joins torchrun's process group if there is one -> the device of this process."""
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device
-
-
 def build_model(config, num_classes, pretrained=False):
     """The model that a training configuration (a dict of train.py's flags) describes."""
     names = ["backbone", "dim", "freeze_bn"]
@@ -389,7 +372,10 @@ def build_model(config, num_classes, pretrained=False):
     if config["model"] == "maskformer":
         options |= {"num_queries": config["queries"], "size_divisibility": config["size_divisibility"]}
     models = {"maskformer": MaskFormer, "per-pixel": PerPixelBaseline, "per-pixel-plus": PerPixelBaselinePlus}
-    return models[config["model"]](num_classes, **options)
+    try:
+        return models[config["model"]](num_classes, **options)
+    except (OSError, RuntimeError, ValueError) as error:                 # timm: no such name, no weights
+        raise UserError(f"--backbone {config['backbone']}: {error}") from error
 
 
 def load(source):
@@ -397,11 +383,14 @@ def load(source):
     "classes", "is_thing", ..}. Released weights have no class names: numbers stand for them. No code in the
     file is run."""
     if Path(source).suffix == ".pt":
-        state = torch.load(source, map_location="cpu", weights_only=True)
+        state = read_checkpoint(source)
         model = build_model(state["config"], len(state["classes"]))
         model.load_state_dict(state.pop("model"))
         return model.eval(), state
-    model, name = load_official(source), Path(source).name
+    try:
+        model, name = load_official(source), Path(source).name
+    except ValueError as error:
+        raise UserError(str(error)) from error
     K, panoptic = model.num_classes, "panoptic" in name
     dataset = {19: "cityscapes", 65: "mapillary", 133: "coco-panoptic", 171: "coco-stuff-10k",
                847: "ade20k-full"}.get(K, "ade20k-panoptic" if panoptic else "ade20k")
@@ -414,10 +403,10 @@ def load(source):
                        is_thing=[config["task"] == "panoptic" and k in things for k in range(K)])
 
 
-def main():
+def main(argv=None):
     """The command: see the top of this file."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.formatter_class, add = argparse.RawDescriptionHelpFormatter, parser.add_argument
+    parser = Flags(__doc__)
+    add = parser.add_argument
     add("--checkpoint", "--weights", required=True, metavar="FILE", help="of a run, or of the authors")
     add("--images", nargs="+", metavar="FILE", help="own photos instead of a dataset")
     add("--dataset", choices=DATASETS, help="the default of this and all below: as in training")
@@ -430,7 +419,7 @@ def main():
     add("--inference", choices=["semantic", "panoptic"], help="how pixels get their class (Sec. 3.4)")
     add("--workers", type=int, default=2)
     add("--save", metavar="DIR", help="for label maps, overlays, panoptic segments and metrics")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     device = start_process()
     model, state = load(args.checkpoint)
     config = state["config"] | {name: value for name, value in vars(args).items() if value is not None}
@@ -446,9 +435,11 @@ def main():
             annotations += save_prediction(folder, path.stem, image, photos, *answer)
             print(f"{path}: " + ", ".join(photos.classes[k] for k in answer[0].unique().tolist()))
         return save_coco_json(folder, photos, annotations) if annotations else None
-    dataset = build_dataset(config["dataset"], config["data_root"], args.split)
+    drawn = {"num_classes": len(state["classes"])} if config["dataset"] == "shapes" else {}
+    dataset = build_dataset(config["dataset"], config["data_root"], args.split, **drawn)
     if len(dataset.classes) != len(state["classes"]):
-        raise SystemExit(f"{args.checkpoint} has other classes than the dataset's {len(dataset.classes)}")
+        raise UserError(f"{args.checkpoint} has {len(state['classes'])} classes, the dataset "
+                        f"{len(dataset.classes)}: take the --dataset and --data-root it was trained on")
     metrics = evaluate(model, dataset, args.inference, args.save, args.workers, config["task"], **options)
     if process()[0] == 0:
         print(table_of_classes(metrics, dataset.classes))
@@ -457,4 +448,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

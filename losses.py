@@ -9,9 +9,8 @@ Paper     L_mask-cls = ce + 20 focal + 1 dice; "no object" is label K
 """
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
-PIXELS_AT_ONCE = 2 ** 24              # of upsampled masks: bounds the loss's memory whatever M is
+PIXELS_AT_ONCE = 2 ** 21, 2 ** 24     # of upsampled masks, on a CPU (its cache) and a GPU: bounds the memory
 
 
 def mask_classification_loss(class_logits, mask_logits, labels, masks, matches, num_segments=None,
@@ -44,28 +43,43 @@ def mask_classification_loss(class_logits, mask_logits, labels, masks, matches, 
 
 
 def mask_terms(mask_logits, masks, matches):
-    """Focal and dice loss summed over the M pairs; chunks are recomputed in the backward pass, not kept."""
-    def chunk_terms(logits, segment):                                    # [m, h, w], [m]
-        truth = masks[segment]                                           # [m, H, W]
-        logits = F.interpolate(logits[:, None], size=truth.shape[-2:], mode="bilinear", align_corners=False)
-        x, t = logits.flatten(1), truth.flatten(1).float()               # [m, P]
-        return focal_loss(x, t).sum(), dice_loss(x, t).sum()
+    """Focal and dice loss, each summed over the M pairs.
 
+    A few pairs at a time: their gradients are taken at once and kept at the logits' size, so that nothing of
+    full size waits for the backward pass or is computed again in it.
+    """
     layer, image, query, segment = matches
     matched = mask_logits[layer, image, query].float()                   # [M, h, w]
-    focal = dice = 0 * matched.sum()                                     # a gradient for all, even if M = 0
-    pairs_at_once = max(1, PIXELS_AT_ONCE // masks[0].numel()) if len(masks) else 1
-    for logits, s in zip(matched.split(pairs_at_once), segment.split(pairs_at_once)):
-        f, d = checkpoint(chunk_terms, logits, s, use_reentrant=False, preserve_rng_state=False)
-        focal, dice = focal + f, dice + d
-    return focal, dice
+    rows, columns = (linear_upsampling(n, size, masks.device)            # [H, h], [W, w]
+                     for n, size in zip(matched.shape[1:], masks.shape[1:]))
+    pairs_at_once = max(1, PIXELS_AT_ONCE[masks.is_cuda] // masks.shape[1:].numel())
+    terms, gradients = matched.new_zeros(2), matched.new_empty(2, *matched.shape)
+    chunks = (matched.detach(), segment, *gradients)
+    for logits, s, *gradient in zip(*(x.split(pairs_at_once) for x in chunks)):
+        with torch.enable_grad(), torch.autocast(logits.device.type, enabled=False):
+            x = (rows @ logits.requires_grad_() @ columns.T).flatten(1)  # [m, P]
+            t = masks[s].flatten(1).float()                              # [m, P]
+            for i, loss in enumerate((focal_loss, dice_loss)):
+                term = loss(x, t).sum()
+                gradient[i].copy_(torch.autograd.grad(term, logits, retain_graph=True)[0])
+                terms[i] += term.detach()
+    return terms + (gradients * (matched - matched.detach())).sum((1, 2, 3))         # adds 0 with a gradient
+
+
+def linear_upsampling(n, size, device):                                  # -> [size, n]
+    """The matrix that stretches n values to `size`; bilinear upsampling is such a product along each axis.
+
+    (The gradient of F.interpolate is five times slower on CPUs and not deterministic on GPUs.)
+    """
+    unit_vectors = torch.eye(n, device=device)[None]
+    return F.interpolate(unit_vectors, size=size, mode="linear", align_corners=False)[0].T
 
 
 def focal_loss(mask_logits, masks, alpha=0.25, gamma=2):                 # [M, P], [M, P] -> [M]
     """-alpha_t (1 - p_t)^gamma log p_t, averaged over pixels; p_t is the probability of the right answer."""
     wrong = mask_logits * (1 - 2 * masks)                                # logit of the wrong answer
     alpha_t = (1 - alpha) + (2 * alpha - 1) * masks                      # alpha inside, 1 - alpha outside
-    return (alpha_t * wrong.sigmoid() ** gamma * F.softplus(wrong)).mean(-1)
+    return (alpha_t * wrong.sigmoid() ** gamma * F.softplus(wrong)).sum(-1) / masks.shape[-1]
 
 
 def dice_loss(mask_logits, masks):                                       # [M, P], [M, P] -> [M]

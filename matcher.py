@@ -51,9 +51,9 @@ def hungarian_match(class_logits, mask_logits, labels, masks, owner,
             warnings.warn(f"image {b} of the batch has {len(segments)} segments but {Q} queries")
         for l, layer_cost in enumerate(cost.view(L, Q, len(segments)).numpy()):
             q, s = linear_sum_assignment(layer_cost)
-            pairs += [(l, b, i, j) for i, j in zip(q, segments[s].tolist())]
+            pairs += [(l, b, i, j) for i, j in zip(q.tolist(), segments[s].tolist())]
     pairs = torch.tensor(pairs, dtype=torch.long).reshape(-1, 4)
-    return pairs.to(class_logits.device).unbind(1)
+    return pairs.to(class_logits.device, non_blocking=True).unbind(1)
 
 
 def fixed_match(class_logits, mask_logits, labels, masks, owner,
@@ -76,10 +76,10 @@ def fixed_match(class_logits, mask_logits, labels, masks, owner,
 
 def pairwise_focal(mask_logits, masks, alpha=0.25, gamma=2):             # [..., Q, P], [n, P] -> [..., Q, n]
     """Mean focal loss over pixels between every query and every segment."""
-    prob = mask_logits.sigmoid()
-    if_inside = alpha * (1 - prob) ** gamma * F.softplus(-mask_logits)   # loss of a pixel inside the segment
-    if_outside = (1 - alpha) * prob ** gamma * F.softplus(mask_logits)   # and of one outside
-    total = (if_inside - if_outside) @ masks.T + if_outside.sum(-1, keepdim=True)
+    prob, surprise = mask_logits.sigmoid(), F.softplus(mask_logits)      # surprise: -log(1 - p)
+    if_outside = prob ** gamma * surprise                                # loss of a pixel outside the segment
+    if_inside = (1 - prob) ** gamma * (surprise - mask_logits)           # and of one inside: -log p
+    total = alpha * (if_inside @ masks.T) + (1 - alpha) * (if_outside @ (1 - masks).T)
     return total / masks.shape[-1]
 
 

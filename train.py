@@ -8,11 +8,8 @@ Letters   B images · L decoder layers · Q queries · K classes · N ground-tru
 import argparse
 import contextlib
 import datetime
-import importlib.metadata
-import json
 import math
 import os
-import subprocess
 import time
 from functools import partial
 from pathlib import Path
@@ -22,12 +19,14 @@ import torch.distributed as dist
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
-from data import (DATASETS, Augmentation, DetrAugmentation, FirstImages, TrainingSamples, build_dataset,
-                  download, recipe, resized, seed_of, step_batches, training_batches)
-from evaluate import (TEST_OPTIONS, build_model, draw_predictions, draw_queries, evaluate, load, process,
-                      save_metrics, single_numbers, start_process, table_of_classes)
+from data import (DATASETS, Augmentation, DetrAugmentation, FirstImages, TrainingSamples, UserError,
+                  build_dataset, download, recipe, resized, seed_of, step_batches, training_batches)
+from evaluate import (TEST_OPTIONS, build_model, draw_predictions, draw_queries, evaluate, load, save_metrics,
+                      single_numbers, table_of_classes)
 from losses import mask_classification_loss, per_pixel_loss
 from matcher import fixed_match, hungarian_match
+from run import (STOPPED, Flags, average_over_processes, command, hear_signals, log_row, process,
+                 read_checkpoint, start_folder, start_process, write_whole)
 
 AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NUMBERS = dict(                                       # flags that take a number; the paper's are the defaults
@@ -39,12 +38,13 @@ NUMBERS = dict(                                       # flags that take a number
 
 
 def parse(argv=None):
-    """The command line -> every number of a run. Defaults: the backbone's, then the dataset's recipe."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    """The command line -> every number of a run. Defaults: the recipe of the dataset and the backbone."""
+    parser = Flags(__doc__)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--dataset", default="shapes", choices=DATASETS)
     add("--data-root", metavar="DIR", help="default: $DATA_ROOT, else ./datasets; own data: its folder")
+    add("--download", action="store_true", help="first fetch what is missing of the dataset")
+    add("--num-classes", type=int, metavar="N", help="of drawn shapes (default: 6); other data tell")
     add("--task", choices=["semantic", "panoptic"], help="a segment is a class region, or an object")
     add("--model", default="maskformer", choices=["maskformer", "per-pixel", "per-pixel-plus"])
     add("--backbone", default="resnet50", help="any timm model with features at strides 4 to 32")
@@ -77,6 +77,24 @@ def parse(argv=None):
     if args.amp == "auto":
         args.amp = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(False) else "off"
     return args
+
+
+def check(args):
+    """UserError for flags that contradict one another; nothing has been read or written yet."""
+    used, world_size = args.output and Path(args.output, "config.json").exists(), process()[1]
+    mistakes = [
+        (args.resume and not args.output, "--resume needs the --output to continue"),
+        (used and not args.resume, f"{args.output} holds a run: choose another --output, or add --resume"),
+        (args.batch_size % (world_size * args.accumulate),
+         f"--batch-size {args.batch_size} is not divisible by {world_size} processes x --accumulate "
+         f"{args.accumulate}"),
+        (args.dim % 32 or args.dim % args.heads,
+         f"--dim {args.dim} is not divisible by 32 and by --heads {args.heads}"),
+        (args.num_classes and args.dataset != "shapes", "--num-classes is for --dataset shapes alone"),
+        (args.augmentation == "crop" and not args.crop, "--augmentation crop needs a --crop H W")]
+    for made, message in mistakes:
+        if made:
+            raise UserError(message)
 
 
 # ---------------------------------------------------------------------------------------- optimisation
@@ -130,12 +148,6 @@ def target_count(batches, args):
     return average_over_processes(count / len(batches))
 
 
-def average_over_processes(value):
-    if process()[1] > 1:
-        dist.all_reduce(value)
-    return value / process()[1]
-
-
 def training_step(step, batches, model, optimizer, scaler, args):
     """Sec. 4.2: one step on `--accumulate` batches -> the scalars of `compute_loss` and grad_norm."""
     for group in optimizer.param_groups:
@@ -160,46 +172,7 @@ def training_step(step, batches, model, optimizer, scaler, args):
     return sums | {"grad_norm": norm}
 
 
-# ---------------------------------------------------------------------------------------- run folder
-def run_folder(args):
-    """Makes the folder -> its path, the same on every process. Refuses a used one unless --resume."""
-    choice = [args.output]
-    if process()[0] == 0 and choice[0] is None:
-        numbers = (f"runs/{args.dataset}-{number:03d}" for number in range(1, 1000))
-        choice[0] = next(path for path in numbers if not Path(path).exists())
-    if process()[0] == 0 and args.output and not args.resume and Path(args.output, "config.json").exists():
-        raise SystemExit(f"{args.output} holds a run: choose another --output, or --resume to continue it")
-    if process()[1] > 1:
-        dist.broadcast_object_list(choice)
-    Path(choice[0]).mkdir(parents=True, exist_ok=True)
-    return Path(choice[0])
-
-
-def write_config(folder, args):
-    """config.json: every flag, the versions and the git revision."""
-    git, command = None, ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    with contextlib.suppress(OSError):                                   # no git here
-        git = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "timm", "scipy")}
-    content = vars(args) | {"versions": versions, "git": git and git.strip(), "processes": process()[1]}
-    (folder / "config.json").write_text(json.dumps(content, indent=1) + "\n")
-
-
-def save_checkpoint(path, parts, step, best, args, dataset):
-    """All that a resumed run needs; written by process 0 under another name, then renamed: always whole."""
-    if process()[0] > 0:
-        return
-    state = {name: part.state_dict() for name, part in parts.items()}
-    state |= dict(step=step, best=best, seed=args.seed, config=vars(args), classes=dataset.classes,
-                  is_thing=dataset.is_thing)
-    unfinished = path.with_suffix(".part")
-    with open(unfinished, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
-
-
+# ---------------------------------------------------------------------------------------- start and log
 def start_from(model, source):
     """--init: the weights of `source` but for a class head of another size -> names of what was skipped."""
     state, own = load(source)[0].state_dict(), model.state_dict()
@@ -207,7 +180,7 @@ def start_from(model, source):
     skipped = sorted((own.keys() | state.keys()) - fitting.keys())
     wrong = [name for name in skipped if not name.startswith("to_class.") and "num_batches" not in name]
     if wrong:
-        raise SystemExit(f"--init {source}: another model than the flags describe: {', '.join(wrong[:4])} ..")
+        raise UserError(f"--init {source}: another model than the flags describe: {', '.join(wrong[:4])} ..")
     model.load_state_dict(fitting, strict=False)
     return [name for name in skipped if "num_batches" not in name]
 
@@ -221,11 +194,11 @@ def write_log(folder, args, step, terms, seconds, data_seconds):
         raise FloatingPointError("the loss or its gradient is not finite")
     if process()[0] > 0:
         return
-    row = {"step": step} | {name: round(mean, 5) for name, mean in zip(names, means)} | {
+    means = {name: round(mean, 5) for name, mean in zip(names, means) if math.isfinite(mean)}
+    row = {"step": step} | means | {
         "lr": args.lr * lr_factor(step - 1, args), "images_per_s": round(n * args.batch_size / seconds, 2),
         "data_time": round(data_seconds / n, 4), "memory_gb": round(memory / 2 ** 30, 2)}
-    with open(folder / "log.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
+    log_row(folder, row)
     eta = datetime.timedelta(seconds=round(seconds / n * (args.steps - step)))
     numbers = "  ".join(f"{name} {value:.3g}" for name, value in row.items() if name != "step")
     print(f"step {step}/{args.steps}  eta {eta}  {numbers}", flush=True)
@@ -234,7 +207,15 @@ def write_log(folder, args, step, terms, seconds, data_seconds):
 # ---------------------------------------------------------------------------------------- training
 def load_datasets(args):
     """-> training samples, held-out images; completes `args` by the number of classes and the task."""
-    train_set, test_set = (build_dataset(args.dataset, args.data_root, split) for split in ("train", "val"))
+    if args.download:                                                    # process 0 does, the others wait
+        day = dist.new_group(timeout=datetime.timedelta(days=1), backend="gloo") if process()[1] > 1 else None
+        if process()[0] == 0:
+            download(args.dataset, args.data_root)
+        if day:
+            dist.barrier(day)
+    options = {"num_classes": args.num_classes} if args.num_classes else {}
+    train_set, test_set = (build_dataset(args.dataset, args.data_root, split, **options)
+                           for split in ("train", "val"))
     augment = DetrAugmentation(args.short_side, args.max_long_side)
     if args.augmentation == "crop":
         augment = Augmentation(args.short_side, args.max_long_side, args.crop, args.color_distortion)
@@ -243,7 +224,17 @@ def load_datasets(args):
         augment = partial(resized, short_side=args.test_short_side, max_long_side=args.test_max_long_side)
     args.num_classes = len(test_set.classes)
     args.task = args.task or ("panoptic" if test_set.panoptic else "semantic")
+    if args.matching == "fixed" and (args.task, args.queries) != ("semantic", args.num_classes):
+        raise UserError(f"--matching fixed needs --task semantic and --queries {args.num_classes}")
     return TrainingSamples(train_set, augment, args.seed, args.task), test_set
+
+
+def save_checkpoint(path, parts, step, best, args, dataset):
+    """All that a resumed run needs; process 0 writes it."""
+    if process()[0] == 0:
+        state = {name: part.state_dict() for name, part in parts.items()}
+        write_whole(path, state | dict(step=step, best=best, seed=args.seed, config=vars(args),
+                                       classes=dataset.classes, is_thing=dataset.is_thing))
 
 
 def hold_out(model, test_set, folder, step, args):
@@ -257,95 +248,98 @@ def hold_out(model, test_set, folder, step, args):
         if args.model == "maskformer":
             draw_queries(model, test_set, folder / "queries.png", **options)
         save_metrics(folder / "metrics.json", metrics, test_set.classes, step=step)
-        with open(folder / "log.jsonl", "a") as file:
-            file.write(json.dumps({"step": step} | single_numbers(metrics)) + "\n")
+        log_row(folder, {"step": step} | single_numbers(metrics))
         print(f"step {step}/{args.steps}  held-out  {single_numbers(metrics)}", flush=True)
     model.train()
     return metrics
 
 
-def prepare(args, folder, device, world_size):
+def prepare(args, device, classes):
     """-> {"model", "optimizer", "scaler"}, first step, best score so far: of a new run or of last.pt."""
-    resumes = args.resume and (folder / "last.pt").exists()
-    last = torch.load(folder / "last.pt", "cpu", weights_only=True) if resumes else None
+    path = Path(args.output or "", "last.pt")
+    last = read_checkpoint(path) if args.resume and path.exists() else None
     torch.manual_seed(args.seed)
     model = build_model(vars(args), args.num_classes, args.pretrained and not args.init and not last)
     if args.init and not last:
         skipped = start_from(model, args.init)
         print(f"starts from {args.init}; skipped: {', '.join(skipped) or 'nothing'}")
-    if device.type == "cuda" and world_size > 1:
+    if device.type == "cuda" and process()[1] > 1:
         model = convert_sync_batchnorm(model)
     model.to(device).train()
     parts = {"model": model, "optimizer": torch.optim.AdamW(parameter_groups(model, args), fused=True),
              "scaler": torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")}
-    for name, part in parts.items():
-        if last and last[name]:
-            part.load_state_dict(last[name])
+    first, best = (last["step"], last["best"]) if last else (0, -1.)
+    try:
+        if first > args.steps or last and last["classes"] != classes:
+            raise ValueError(f"it is of step {first}, with {len(last['classes'])} classes")
+        for name, part in parts.items():
+            if last and last[name]:
+                part.load_state_dict(last[name])
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{path} is of another run than the flags describe: {' '.join(str(error).split())}")
     for group, new in zip(parts["optimizer"].param_groups, parameter_groups(model, args)):
         group |= {"rate": new["rate"], "weight_decay": new["weight_decay"]}  # the flags', also if resumed
-    first = last["step"] if last else 0
-    if average_over_processes(torch.tensor(float(first), device=device)) != first:
-        raise SystemExit(f"not all processes see {folder}/last.pt: they would resume from different steps")
-    return parts, first, last["best"] if last else -1.
+    if average_over_processes(torch.tensor(float(first))) != first:
+        raise UserError(f"not all processes see {path}: they would resume from different steps")
+    return parts, first, best
 
 
 def train(args, device):
-    """A whole run -> held-out images, metrics, folder."""
+    """A whole run -> held-out images, metrics (None if a signal stopped it), folder."""
     rank, world_size = process()
     samples, test_set = load_datasets(args)
-    folder = run_folder(args)
-    parts, first, best = prepare(args, folder, device, world_size)
+    parts, first, best = prepare(args, device, test_set.classes)
     model, optimizer, scaler = parts.values()
+    folder = start_folder(args, first)
     if rank == 0:
-        write_config(folder, args)
         print(f"{args.model}, {args.backbone}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M, "
               f"{args.dataset}, {len(samples.dataset)} images, {world_size} x {device}, {folder}", flush=True)
     parallel = torch.compile(model) if args.compile else model
     if world_size > 1:
         parallel = nn.parallel.DistributedDataParallel(parallel, [device] if device.type == "cuda" else None)
+    asked_to_stop = hear_signals()
     sampler = step_batches(first, args.steps, args.batch_size, rank, world_size, args.accumulate)
     stream = training_batches(samples, sampler, args.workers, device)
-    metrics, terms, clock, data_seconds = None, [], time.time(), 0.
-    for step in range(first, args.steps):
-        done, end = step + 1, step + 1 == args.steps
-        tick = time.time()
+    terms, clock, data_seconds = [], time.time(), 0.
+    for step in range(first, args.steps + 1):
+        if step == args.steps or step % args.eval_every == 0 < step:     # also right after it was resumed
+            metrics, clock = hold_out(model, test_set, folder, step, args), time.time()
+            if (score := metrics.get("PQ", metrics["mIoU"])) > best:
+                best = score
+                save_checkpoint(folder / "best.pt", parts, step, best, args, test_set)
+        if step == args.steps:
+            return test_set, metrics, folder
+        done, tick = step + 1, time.time()
         batches = [next(stream).to(device) for _ in range(args.accumulate)]
         data_seconds += time.time() - tick
         try:
             terms.append(training_step(step, batches, parallel, optimizer, scaler, args))
-            if end or 0 in (done % args.log_every, done % args.save_every, done % args.eval_every):
+            stops = asked_to_stop()
+            saves = stops or done == args.steps or done % args.save_every == 0
+            if saves or 0 in (done % args.log_every, done % args.eval_every):
                 write_log(folder, args, done, terms, time.time() - clock, data_seconds)
                 terms, clock, data_seconds = [], time.time(), 0.
         except FloatingPointError as error:
             names = ", ".join(name for batch in batches for name in batch.names)
-            raise SystemExit(f"{error}: step {done}, learning rate {args.lr * lr_factor(step, args):.3g}, "
-                             f"images {names}. Checkpoints are untouched. Try a lower --lr or --amp off")
-        if done % args.eval_every == 0 or end:
-            metrics, clock = hold_out(model, test_set, folder, done, args), time.time()
-            if (score := metrics.get("PQ", metrics["mIoU"])) > best:
-                best = score
-                save_checkpoint(folder / "best.pt", parts, done, best, args, test_set)
-        if done % args.save_every == 0 or end:
+            raise UserError(f"{error}: step {done}, learning rate {args.lr * lr_factor(step, args):.3g}, "
+                            f"images {names}. Checkpoints are untouched. Try a lower --lr or --amp off")
+        if saves:
             save_checkpoint(folder / "last.pt", parts, done, best, args, test_set)
-    return test_set, metrics or hold_out(model, test_set, folder, args.steps, args), folder
+        if stops:
+            asked_to_stop()                                              # all wait here until it is saved
+            return test_set, None, folder
 
 
 def main(argv=None):
-    """The command: see the top of this file."""
-    args, device = parse(argv), start_process()
-    if args.batch_size % (process()[1] * args.accumulate):
-        raise SystemExit(f"--batch-size {args.batch_size} is not divisible by {process()[1]} processes x "
-                         f"--accumulate {args.accumulate}")
-    if args.resume and not args.output:
-        raise SystemExit("--resume needs the --output to continue")
-    started = time.time()
+    """The command: see the top of this file. -> its exit code."""
+    args, device, started = parse(argv), start_process(), time.time()
+    check(args)
     test_set, metrics, folder = train(args, device)
     if process()[0] == 0:
-        print(table_of_classes(metrics, test_set.classes))
+        print(table_of_classes(metrics, test_set.classes) if metrics else "stopped by a signal, and saved")
         print(f"{datetime.timedelta(seconds=round(time.time() - started))} in all; everything is in {folder}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    return 0 if metrics else STOPPED
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

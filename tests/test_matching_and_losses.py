@@ -3,6 +3,7 @@ import itertools
 import math
 import re
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -366,7 +367,7 @@ def test_fewer_than_one_segment_per_process_counts_as_one():
 
 
 def loss_and_gradients(pixels_at_once, monkeypatch):
-    monkeypatch.setattr(losses, "PIXELS_AT_ONCE", pixels_at_once)
+    monkeypatch.setattr(losses, "PIXELS_AT_ONCE", (pixels_at_once, None))
     class_logits, mask_logits, *targets = problem()
     class_logits.requires_grad_(), mask_logits.requires_grad_()
     loss = total_loss((class_logits, mask_logits), *targets)
@@ -391,26 +392,62 @@ def test_only_matched_queries_get_a_mask_gradient():
     assert {tuple(i) for i in touched.nonzero().tolist()} == {match[:3] for match in as_set(matches)}
 
 
+class Kept:
+    """A tensor that autograd saved, for as long as autograd keeps it."""
+    alive = weakref.WeakSet()
+
+    def __init__(self, x):
+        self.tensor = x.detach()                                         # no circle with its own node
+        Kept.alive.add(self)
+
+
 def bytes_kept_for_backward(queries):
-    """Of the mask terms, beyond the tensors that exist anyway."""
+    """Of the mask terms; what is freed before they are returned does not count."""
     _, mask_logits, labels, masks, _ = problem(queries=queries, size=(64, 64))
     matches = tuple(torch.arange(5) * 0 for _ in range(2)) + (torch.arange(5), torch.arange(5))
-    kept = {}
-
-    def pack(x):
-        kept[x.data_ptr()] = x.numel() * x.element_size()
-        return x
     mask_logits.requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
         result = losses.mask_terms(mask_logits, masks, matches)
     assert all(x.requires_grad for x in result)
+    kept = {x.tensor.data_ptr(): x.tensor.untyped_storage().nbytes() for x in Kept.alive}
+    assert kept
     return sum(kept.values())
 
 
 def test_memory_kept_for_the_backward_pass_grows_neither_with_queries_nor_with_upsampled_masks():
     few, many = bytes_kept_for_backward(Q), bytes_kept_for_backward(40 * Q)
     assert many == few
-    assert few < 5 * 64 * 64 * 4  # five upsampled masks would be this many bytes
+    assert few < 64 * 64 * 4  # five upsampled masks would be five times this many bytes
+
+
+@pytest.mark.parametrize("size", [(4 * h, 4 * w), (H, W), (h, w), (3, 2)])
+def test_masks_are_upsampled_bilinearly_to_any_size(size):
+    x = torch.randn(4, h, w)
+    rows, columns = (losses.linear_upsampling(n, to, "cpu") for n, to in zip((h, w), size))
+    expected = F.interpolate(x[None], size=size, mode="bilinear", align_corners=False)[0]
+    torch.testing.assert_close(rows @ x @ columns.T, expected)
+
+
+def test_gradients_of_the_mask_terms_are_those_of_autograd_through_all_masks_at_once():
+    _, mask_logits, _, masks, _ = targets = problem()
+    layer, image, query, segment = matches = hungarian_match(*targets)
+    mask_logits.requires_grad_()
+    x = F.interpolate(mask_logits[layer, image, query][None], size=(H, W), mode="bilinear")[0].flatten(1)
+    t = masks[segment].flatten(1).float()
+    for weights in ((1, 0), (0, 1), (20, 3)):
+        ours = sum(c * term for c, term in zip(weights, losses.mask_terms(mask_logits, masks, matches)))
+        direct = weights[0] * focal_loss(x, t).sum() + weights[1] * dice_loss(x, t).sum()
+        torch.testing.assert_close(ours, direct)
+        torch.testing.assert_close(torch.autograd.grad(ours, mask_logits),
+                                   torch.autograd.grad(direct, mask_logits, retain_graph=True))
+
+
+def test_losses_need_no_gradient_mode():
+    targets = problem()
+    matches = hungarian_match(*targets)
+    expected = mask_classification_loss(*targets[:4], matches)
+    with torch.no_grad():
+        assert mask_classification_loss(*targets[:4], matches) == expected
 
 
 def test_pixels_of_no_segment_are_background_of_every_mask():

@@ -1,8 +1,10 @@
 """Training: what a run guarantees, on one process and on two."""
 import json
 import os
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,10 @@ from torch import nn
 
 import evaluate
 import train
-from data import Batch, Shapes, step_batches, TrainingSamples, collate
+from data import Batch, Shapes, TrainingSamples, UserError, collate, step_batches
 from evaluate import load
 from maskformer import MaskFormer
+from run import STOP_SIGNALS
 
 ROOT = Path(__file__).parent.parent
 TINY = ("--dim 32 --ffn-dim 64 --heads 2 --decoder-layers 2 --queries 7 --batch-size 4 --workers 0 --log-every 1 "
@@ -26,7 +29,17 @@ TINY = ("--dim 32 --ffn-dim 64 --heads 2 --decoder-layers 2 --queries 7 --batch-
 @pytest.fixture(autouse=True)
 def few_images(monkeypatch):
     """Held-out shapes: 4 instead of 100, so that a run ends in seconds."""
-    monkeypatch.setitem(train.DATASETS, "shapes", lambda root, split: original(root, split, length=4))
+    monkeypatch.setitem(train.DATASETS, "shapes", partial(original, length=4))
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """A run takes SIGTERM and SIGUSR1 over; the tests, and the processes they start, give them back."""
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 original = train.DATASETS["shapes"]
@@ -83,7 +96,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(tmp_path):
 
 def test_a_used_output_is_refused_and_left_alone(tmp_path):
     (tmp_path / "config.json").write_text("mine")
-    with pytest.raises(SystemExit, match="holds a run"):
+    with pytest.raises(UserError, match="holds a run"):
         run("--steps", 1, "--output", tmp_path)
     assert (tmp_path / "config.json").read_text() == "mine"
 
@@ -95,16 +108,15 @@ def test_runs_without_output_get_folders_of_their_own(tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["shapes-001", "shapes-002"]
 
 
-def test_init_skips_a_class_head_of_another_size_and_nothing_else(tmp_path, capsys, monkeypatch):
+def test_init_skips_a_class_head_of_another_size_and_nothing_else(tmp_path, capsys):
     run("--steps", 1, "--output", tmp_path / "six")
-    monkeypatch.setitem(train.DATASETS, "shapes", lambda root, split: original(root, split, num_classes=9, length=4))
     capsys.readouterr()
-    run("--steps", 1, "--lr", 0, "--output", tmp_path / "nine", "--init", tmp_path / "six" / "last.pt")
+    run("--steps", 1, "--lr", 0, "--num-classes", 9, "--output", tmp_path / "nine", "--init", tmp_path / "six" / "last.pt")
     assert "skipped: to_class.bias, to_class.weight" in capsys.readouterr().out
     six, nine = weights(tmp_path / "six" / "last.pt"), weights(tmp_path / "nine" / "last.pt")
     kept = [name for name in six if not name.startswith("to_class") and "running" not in name and "num_b" not in name]
     assert all(torch.equal(six[name], nine[name]) for name in kept) and nine["to_class.bias"].shape == (10,)
-    with pytest.raises(SystemExit, match="another model"):
+    with pytest.raises(UserError, match="another model"):
         run("--steps", 1, "--dim", 64, "--output", tmp_path / "x", "--init", tmp_path / "six" / "last.pt")
 
 
@@ -123,7 +135,7 @@ def test_twenty_steps_lower_the_loss_and_start_at_the_log_of_the_label_count(tmp
 
 
 def test_a_non_finite_loss_stops_with_step_rate_and_names_and_saves_nothing(tmp_path):
-    with pytest.raises(SystemExit, match=r"step \d+, learning rate 1e\+30, images \d{5}, "):
+    with pytest.raises(UserError, match=r"step \d+, learning rate 1e\+30, images \d{5}, "):
         run("--steps", 5, "--lr", 1e30, "--warmup", 0, "--clip", 0, "--schedule", "step", "--output", tmp_path)
     assert not (tmp_path / "last.pt").exists()
 
@@ -261,9 +273,16 @@ def test_own_photos_get_a_label_map_an_overlay_and_segments(tmp_path, monkeypatc
 
 def test_a_dataset_of_another_class_count_is_refused(tmp_path, monkeypatch):
     run("--steps", 1, "--output", tmp_path)
-    monkeypatch.setitem(train.DATASETS, "shapes", lambda root, split: original(root, split, num_classes=9, length=4))
-    with pytest.raises(SystemExit, match="other classes"):
-        command(monkeypatch, "--checkpoint", tmp_path / "last.pt")
+    monkeypatch.setitem(train.DATASETS, "folder", lambda root, split: original(root, split, num_classes=9, length=4))
+    with pytest.raises(UserError, match="6 classes, the dataset 9"):
+        command(monkeypatch, "--checkpoint", tmp_path / "last.pt", "--dataset", "folder")
+
+
+def test_drawn_shapes_of_nine_classes_are_drawn_again_for_their_checkpoint(tmp_path, monkeypatch, capsys):
+    run("--steps", 1, "--num-classes", 9, "--output", tmp_path)
+    capsys.readouterr()
+    command(monkeypatch, "--checkpoint", tmp_path / "last.pt")
+    assert "mIoU" in capsys.readouterr().out and len(load(tmp_path / "last.pt")[1]["classes"]) == 9
 
 
 def test_a_run_for_semantic_masks_is_scored_without_instances(tmp_path):
@@ -276,13 +295,13 @@ def test_a_resumed_run_follows_the_new_rate_and_needs_an_output(tmp_path):
     run("--steps", 2, "--lr", 1e-9, "--weight-decay", 0, "--output", tmp_path, "--resume")
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     assert {group["rate"] for group in state["optimizer"]["param_groups"]} == {1e-9} and state["step"] == 2
-    with pytest.raises(SystemExit, match="--output"):
+    with pytest.raises(UserError, match="--output"):
         run("--resume")
 
 
 def test_a_gradient_that_is_not_finite_stops_before_a_checkpoint(tmp_path, monkeypatch):
     clip = train.nn.utils.clip_grad_norm_
     monkeypatch.setattr(train.nn.utils, "clip_grad_norm_", lambda *args: clip(*args) * torch.nan)
-    with pytest.raises(SystemExit, match="gradient is not finite"):
+    with pytest.raises(UserError, match="gradient is not finite"):
         run("--steps", 2, "--output", tmp_path)
     assert not (tmp_path / "last.pt").exists() and not (tmp_path / "best.pt").exists()
