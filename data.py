@@ -1,11 +1,10 @@
-"""Where segments come from: datasets, augmentation, batching (MaskFormer, Sec. 4 and appendix A).
+"""Where segments come from: datasets and their recipes (MaskFormer, Sec. 4 and appendix A).
 
 Every dataset gives the same five things for an image: the image, ONE integer map that tells the segment of
 each pixel (0 is void), the class of each segment id, the ids of crowd segments, a name. Semantic data have a
-segment for each class in the image, panoptic data one for each object; nothing else differs. The map goes
-through augmentation and onto the device as it is; binary masks are cut there.
+segment for each class in the image, panoptic data one for each object; nothing else differs.
 
-Letters   B images · N segments in the batch · K classes · H W image size
+Letters   K classes · H W image size
 
     dataset = build_dataset("shapes", split="val")
     image, segment_map, class_of, crowd, name = dataset[0]    # [3, H, W], [H, W], {id: class}, [], "00000"
@@ -15,21 +14,18 @@ Another dataset is one more function that returns a `SegmentationDataset`, and a
 import cmath
 import colorsys
 import errno
-import hashlib
 import json
 import math
 import os
-import shutil
-import urllib.request
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.datasets import Cityscapes
 from torchvision.transforms import v2
@@ -318,15 +314,17 @@ def voc(root, split):
 
 def coco_stuff_10k(root, split):
     """coco/coco_stuff_10k/{images/X.jpg,annotations/X.mat,imageLists/{train,test}.txt}; or, instead of the
-    annotations, annotations_detectron2/{train,test}/X.png (https://github.com/nightrome/cocostuff10k)"""
+    last two, annotations_detectron2/{train,test}/X.png (https://github.com/nightrome/cocostuff10k)"""
     root, part = root / "coco" / "coco_stuff_10k", {"train": "train", "val": "test"}[split]
     ids = [i for i in range(1, 183) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)]
-    maps, ending, values, void = root / "annotations", ".mat", ids, 0
-    if (root / "annotations_detectron2").exists():
-        maps, ending, values, void = root / "annotations_detectron2" / part, ".png", range(171), 255
+    names, prepared = [f"COCO-Stuff {i}" for i in ids], root / "annotations_detectron2" / part
+    if prepared.exists():
+        stems = sorted(png.stem for png in prepared.glob("*.png"))
+        pairs = pair_files(root / "images", prepared, names=stems)
+        return labelled(pairs, names, range(171), void=255, category_ids=ids)
     stems = read_lines(root / "imageLists" / f"{part}.txt")
-    pairs = pair_files(root / "images", maps, new_ending=ending, names=stems)
-    return labelled(pairs, [f"COCO-Stuff {i}" for i in ids], values, void=void, category_ids=ids)
+    pairs = pair_files(root / "images", root / "annotations", new_ending=".mat", names=stems)
+    return labelled(pairs, names, ids, void=0)
 
 
 def coco_panoptic(root, split):
@@ -372,6 +370,25 @@ def read_panoptic_png(annotation, folder, class_of_id):
     class_of = {i: class_of_id[segment["category_id"]] for i, segment in enumerate(segments, 1)}
     crowd = [i for i, segment in enumerate(segments, 1) if segment.get("iscrowd")]
     return segment_map.astype(np.uint8 if len(segments) <= 255 else np.int32), class_of, crowd
+
+
+def resized(image, segment_map, short_side, max_long_side=None):
+    """Both as for a test; nothing is random."""
+    resize = v2.RandomShortestSize([short_side], max_long_side)
+    return resize(tv_tensors.Image(image), tv_tensors.Mask(segment_map))
+
+
+def label_map(segment_map, class_of, void):
+    """Segments -> classes of pixels [H, W] int64, `void` where no segment is."""
+    table = torch.full((int(segment_map.max()) + 1,), void)
+    for i, label in class_of.items():
+        table[i:i + 1] = label
+    return table[segment_map.long()]
+
+
+def void_label(num_classes):
+    """The value of void in label maps and index PNGs: 255, or 65535 where 255 is a class."""
+    return 255 if num_classes <= 255 else 65535
 
 
 # ---------------------------------------------------------------------------------------- drawn shapes
@@ -446,244 +463,3 @@ DATASETS = {
     "ade20k-panoptic": partial(ade20k, panoptic=True), "coco-panoptic": coco_panoptic, "voc": voc,
     "coco-stuff-10k": coco_stuff_10k, "cityscapes": cityscapes, "mapillary": mapillary,
     "cityscapes-panoptic": partial(cityscapes, panoptic=True)}
-
-
-# ---------------------------------------------------------------------------------------- download
-COCO = "http://images.cocodataset.org"
-DOWNLOADS = {                                         # url, what it leaves below the root, md5 or sha1
-    "ade20k": [("http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
-                "ADEChallengeData2016", "219e1696abb36c8ba3a3afe7fb2f4b4606a897c7"),
-               ("http://sceneparsing.csail.mit.edu/data/ChallengeData2017/annotations_instance.tar",
-                "ADEChallengeData2016/annotations_instance", None)],
-    "coco-panoptic": [(f"{COCO}/zips/train2017.zip", "coco/train2017", None),
-                      (f"{COCO}/zips/val2017.zip", "coco/val2017", None),
-                      (f"{COCO}/annotations/panoptic_annotations_trainval2017.zip",
-                       "coco/annotations/panoptic_val2017.json", None)],
-    "voc": [("http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar", "VOCdevkit",
-             "6cd6e144f989b92b3379bac3b3de84fd")]}
-DOWNLOADS["ade20k-panoptic"] = DOWNLOADS["ade20k"]
-
-
-def download(name, root=None):
-    """Fetches and unpacks what of a dataset is not there yet; call it again after an interruption. Raises
-    UserError for data that cannot be had this way, for a full disk and for broken files."""
-    if name not in DOWNLOADS:
-        reason = "needs a login" if "https:" in layout_of(name) else "is your own or drawn"
-        raise UserError(f"--download: {name} {reason}, it cannot be fetched. What belongs below --data-root: "
-                        f"{layout_of(name)} (see docs/DATASETS.md)")
-    root = Path(root or os.environ.get("DATA_ROOT") or "datasets")
-    for url, result, checksum in DOWNLOADS[name]:
-        archive = root / url.rpartition("/")[2]                          # stays until it is unpacked
-        folder = root / Path(result).parts[0] if "/" in result else root
-        if (root / result).exists() and not archive.exists():
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        # Nothing leaves `folder`: zip files lose the names that would, tar files with such are refused.
-        safely = {"filter": "data"} if archive.suffix == ".tar" else {}
-        try:
-            if not archive.exists():
-                fetch(url, archive, checksum)
-            print(f"unpacking {archive}", flush=True)
-            shutil.unpack_archive(archive, folder, **safely)
-            for inner in folder.glob("annotations/panoptic_*2017.zip"):  # COCO's holds two more
-                shutil.unpack_archive(inner, inner.parent)
-                inner.unlink()
-        except Exception as error:                                       # a broken file can raise anything
-            if isinstance(error, shutil.ReadError) or not isinstance(error, OSError):
-                archive.unlink(missing_ok=True)                          # but a full disk is no reason
-            raise UserError(f"{url}: {error}; run again to go on") from error
-        archive.unlink()
-
-
-def fetch(url, archive, checksum):
-    """By way of ARCHIVE.part: an archive that is there is whole."""
-    part = archive.with_name(f"{archive.name}.part")
-
-    def report(blocks, block_size, total):
-        free = shutil.disk_usage(archive.parent).free if blocks == 0 else math.inf
-        if 2 * total > free:
-            raise UserError(f"needs {2 * total / 1e9:.1f} GB, also to unpack it; {archive.parent} has "
-                            f"{free / 1e9:.1f}")
-        if blocks % 1000 == 0:
-            done = f"{blocks * block_size / 1e6:.0f} of {total / 1e6:.0f} MB"
-            print(f"\r{archive.name}: {done}", end="", flush=True)
-
-    urllib.request.urlretrieve(url, part, report)                        # an error if it breaks off
-    print()
-    digest = hashlib.md5 if checksum and len(checksum) == 32 else hashlib.sha1
-    found = checksum and digest(np.memmap(part, mode="r")).hexdigest()
-    if found != checksum:
-        part.unlink()
-        raise UserError(f"has the checksum {found} instead of {checksum}")
-    part.replace(archive)
-
-
-# ---------------------------------------------------------------------------------------- augmentation
-class Augmentation:
-    """Appendix A: random short side, crop, flip, color distortion; padding at the right and the bottom."""
-
-    def __init__(self, short_side, max_long_side, crop, color_distortion=True):
-        self.crop = crop
-        self.resize = v2.RandomShortestSize(short_side, max_long_side)
-        # NOTE 7: the released code distorts colors as SSD does; here brightness is a factor, not a sum, and
-        # the order is always this one. (v2.RandomPhotometricDistort would also shuffle channels.)
-        strengths = dict(brightness=0.125, contrast=0.5, saturation=0.5, hue=0.1) if color_distortion else {}
-        self.distort = [v2.RandomApply([v2.ColorJitter(**{name: most})]) for name, most in strengths.items()]
-        self.flip = v2.RandomHorizontalFlip()
-
-    def __call__(self, image, segment_map):
-        image, segment_map = self.resize(tv_tensors.Image(image), tv_tensors.Mask(segment_map))
-        crop = v2.RandomCrop([min(side, most) for side, most in zip(image.shape[-2:], self.crop)])
-        image, segment_map = self.flip(crop(image, segment_map))
-        for distort in self.distort:
-            image = distort(image)
-        return pad_to(image, self.crop, 128), pad_to(segment_map, self.crop, 0)
-
-
-class DetrAugmentation:
-    """DETR's, for COCO: a flip, then a resize; half the time a crop before it. `collate` pads."""
-
-    def __init__(self, short_side, max_long_side):
-        self.flip, self.before_crop = v2.RandomHorizontalFlip(), v2.RandomShortestSize([400, 500, 600])
-        self.resize = v2.RandomShortestSize(short_side, max_long_side)
-
-    def __call__(self, image, segment_map):
-        image, segment_map = self.flip(tv_tensors.Image(image), tv_tensors.Mask(segment_map))
-        if torch.rand(()) < 0.5:
-            image, segment_map = self.before_crop(image, segment_map)
-            size = [int(torch.randint(min(384, side), min(600, side) + 1, ())) for side in image.shape[-2:]]
-            image, segment_map = v2.RandomCrop(size)(image, segment_map)
-        return self.resize(image, segment_map)
-
-
-def resized(image, segment_map, short_side, max_long_side=None):
-    """Both as for a test; nothing is random."""
-    resize = v2.RandomShortestSize([short_side], max_long_side)
-    return resize(tv_tensors.Image(image), tv_tensors.Mask(segment_map))
-
-
-def fit(size, short_side, max_long_side):
-    """(H, W) -> (H, W) with that short side, or that long side if it would get longer."""
-    scale = min(short_side / min(size), max_long_side / max(size))
-    return [max(1, int(side * scale + 0.5)) for side in size]
-
-
-def pad_to(x, size, value):
-    """Pads [..., H, W] at the right and the bottom to `size`, with one value or one for each channel."""
-    padded = torch.empty(*x.shape[:-2], *size, dtype=x.dtype)
-    padded[:] = torch.tensor(value)[..., None, None]
-    padded[..., :x.shape[-2], :x.shape[-1]] = x
-    return padded
-
-
-# ---------------------------------------------------------------------------------------- batches
-class Batch(NamedTuple):
-    """What loader workers send. Segment n is where segment_maps[owner[n]] == ids[n]."""
-    images: torch.Tensor          # [B, 3, H, W] uint8
-    segment_maps: torch.Tensor    # [B, H, W] uint8 or int32, 0 void
-    ids: torch.Tensor             # [N]
-    labels: torch.Tensor          # [N]
-    owner: torch.Tensor           # [N], the image of each segment
-    names: list                   # [B]
-
-    def to(self, device):
-        """Everything on `device` but `owner`, whose counts the matcher needs on the CPU."""
-        moved = [x.to(device, non_blocking=True) for x in self[:4]]
-        return Batch(*moved, self.owner, self.names)
-
-    def masks(self):
-        """-> [N, H, W] bool."""
-        owner = self.owner.to(self.ids.device, non_blocking=True)
-        return self.segment_maps[owner] == self.ids[:, None, None]
-
-    def label_map(self, void):
-        """-> [B, H, W] int64: the class of each pixel, or `void`."""
-        ids_at_most = 2 ** 8 if self.segment_maps.dtype == torch.uint8 else 2 ** 16
-        table = torch.full((len(self.images), ids_at_most), void, device=self.ids.device)
-        table[self.owner.to(self.ids.device), self.ids] = self.labels
-        return table.gather(1, self.segment_maps.flatten(1).long()).view(self.segment_maps.shape)
-
-
-def seed_of(*numbers):
-    """One seed out of several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-class FirstImages(Subset):
-    """The first n images of a dataset."""
-
-    def __init__(self, dataset, n):
-        super().__init__(dataset, range(min(n, len(dataset))))
-        self.classes, self.is_thing, self.panoptic = dataset.classes, dataset.is_thing, dataset.panoptic
-
-
-class TrainingSamples(Dataset):
-    """An endless stream of augmented samples: the n-th is a function of (seed, n) and nothing else. Task
-    "semantic" merges the segments of a class. Crowd segments and what the crop emptied are dropped."""
-
-    def __init__(self, dataset, augment, seed=0, task="panoptic"):
-        self.dataset, self.augment, self.seed, self.task = dataset, augment, seed, task
-        self.epoch, self.order = None, None
-
-    def __getitem__(self, n):
-        epoch, place = divmod(n, len(self.dataset))
-        if epoch != self.epoch:
-            self.epoch = epoch
-            self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset)).tolist()
-        image, segment_map, class_of, crowd, name = self.dataset[self.order[place]]
-        if self.task == "semantic":
-            segment_map, class_of, crowd = *merge_classes(segment_map, class_of), []
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(self.seed, n))
-            image, segment_map = self.augment(image, segment_map)
-        present = torch.bincount(segment_map.flatten()).nonzero().squeeze(1)
-        ids = [i for i in present.tolist() if i in class_of and i not in crowd]
-        labels = torch.tensor([class_of[i] for i in ids], dtype=torch.long)
-        return image, segment_map, torch.tensor(ids, dtype=torch.long), labels, name
-
-
-def merge_classes(segment_map, class_of):
-    """Panoptic -> semantic: the segments of a class, crowd too, become one with id class + 1."""
-    labels = label_map(segment_map, class_of, void=-1) + 1
-    most = max(class_of.values(), default=0)
-    return labels.to(torch.uint8 if most < 255 else torch.int32), {k + 1: k for k in class_of.values()}
-
-
-def label_map(segment_map, class_of, void):
-    """Segments -> classes of pixels [H, W] int64, `void` where no segment is."""
-    table = torch.full((int(segment_map.max()) + 1,), void)
-    for i, label in class_of.items():
-        table[i:i + 1] = label
-    return table[segment_map.long()]
-
-
-def void_label(num_classes):
-    """The value of void in label maps and index PNGs: 255, or 65535 where 255 is a class."""
-    return 255 if num_classes <= 255 else 65535
-
-
-def collate(samples):
-    """Samples -> Batch. Smaller images are padded right and bottom, with ImageNet's mean (zeros after its
-    normalisation) and void."""
-    images, segment_maps, ids, labels, names = zip(*samples)
-    size = [max(image.shape[d] for image in images) for d in (1, 2)]
-    images = torch.stack([pad_to(image, size, (124, 116, 104)) for image in images])
-    segment_maps = torch.stack([pad_to(segment_map, size, 0) for segment_map in segment_maps])
-    owner = torch.repeat_interleave(torch.tensor([len(i) for i in ids]))
-    return Batch(images, segment_maps, torch.cat(ids), torch.cat(labels), owner, list(names))
-
-
-def step_batches(first, steps, batch_size, rank=0, world_size=1, accumulate=1):
-    """Sample numbers of every forward pass of one process: step s takes the samples from s * batch_size on,
-    an equal share each."""
-    share = batch_size // world_size // accumulate                       # images of a forward pass
-    starts = (((step * world_size + rank) * accumulate + part) * share
-              for step in range(first, steps) for part in range(accumulate))
-    return [range(start, start + share) for start in starts]
-
-
-def training_batches(samples, sampler, workers, device):
-    """-> iterator over `Batch`es, read ahead by `workers` processes."""
-    return iter(DataLoader(samples, batch_sampler=sampler, collate_fn=collate, num_workers=workers,
-                           pin_memory=device.type == "cuda", persistent_workers=workers > 0,
-                           prefetch_factor=4 if workers else None))

@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.v2.functional import resize, to_pil_image
 from torchvision.utils import draw_segmentation_masks
 
-from data import (ADE20K_STUFF, DATASETS, SegmentationDataset, UserError, build_dataset, fit, label_map,
-                  read_image, recipe, void_label)
+from batches import fit
+from data import (ADE20K_STUFF, DATASETS, SegmentationDataset, UserError, build_dataset, label_map, read_image,
+                  recipe, void_label)
 from maskformer import (MaskFormer, PerPixelBaseline, PerPixelBaselinePlus, panoptic_inference,
                         semantic_inference)
 from pretrained import load_official
@@ -276,11 +277,10 @@ def save_metrics(path, metrics, classes, **more):
 
 # ---------------------------------------------------------------------------------------- files and pictures
 def save_prediction(folder, name, image, dataset, label, segment_map, segments):
-    """Writes semantic/NAME.png (the publisher's number of each class, as the benchmarks want it), overlay/
-    NAME.jpg and, given segments, panoptic/NAME.png (COCO's format: id = R + 256 G + 65536 B). -> the
-    annotations for COCO's json, one or none."""
+    """Writes semantic/NAME.png (the publisher's numbers), overlay/NAME.jpg and, given segments, panoptic/
+    NAME.png (COCO's format: id = R + 256 G + 65536 B). -> the annotations for COCO's json, one or none."""
     folder, K = Path(folder), len(dataset.classes)
-    numbers = dataset.category_ids + [void_label(K) if 0 in dataset.category_ids else 0]     # the last is void
+    numbers = dataset.category_ids + [void_label(K) if 0 in dataset.category_ids else 0]     # last: void
     for kind in ("semantic", "overlay", "panoptic")[:2 if segments is None else 3]:
         (folder / kind).mkdir(parents=True, exist_ok=True)
     values = np.array(numbers, np.uint8 if max(numbers) <= 255 else np.uint16)[label.cpu().clamp(max=K)]
@@ -379,9 +379,8 @@ def build_model(config, num_classes, pretrained=False):
 
 
 def load(source):
-    """A checkpoint of train.py, or released weights (see pretrained.py) -> model in eval mode, {"config",
-    "classes", "is_thing", ..}. Released weights have no class names: numbers stand for them. No code in the
-    file is run."""
+    """A checkpoint of train.py, or released weights (see pretrained.py; their classes have numbers for names)
+    -> model in eval mode, {"config", "classes", "is_thing", ..}. No code in the file is run."""
     if Path(source).suffix == ".pt":
         state = read_checkpoint(source)
         model = build_model(state["config"], len(state["classes"]))

@@ -8,20 +8,25 @@ Exit codes   0 done · 1 a bug, with its traceback · 2 something to mend, in on
 import argparse
 import contextlib
 import datetime
-import gc
+import hashlib
 import importlib.metadata
 import json
+import math
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import traceback
+import urllib.request
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from data import UserError
+from data import UserError, layout_of
 
 STOPPED = 75
 STOP_SIGNALS = {getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)}
@@ -30,20 +35,20 @@ STOP_SIGNALS = {getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasa
 # ---------------------------------------------------------------------------------------- errors
 def command(main):
     """Runs `main`, tells what went wrong and ends the process with its code (see the top)."""
-    text = None
     try:
         code = main() or 0
         if dist.is_initialized():
             dist.destroy_process_group()
+        raise SystemExit(code)
     except (UserError, OSError, dist.DistNetworkError, torch.OutOfMemoryError) as error:
-        text, code = "error: " + one_line(error), 2
-    except KeyboardInterrupt:
-        text, code = "interrupted", 130
-    except Exception:
-        text, code = traceback.format_exc(), 1
-    if text and is_first_to_fail():
+        failure, text, code = error, "error: " + one_line(error), 2
+    except KeyboardInterrupt as error:
+        failure, text, code = error, "interrupted", 130
+    except Exception as error:
+        failure, text, code = error, traceback.format_exc(), 1
+    if is_first_to_fail():
         print(text, file=sys.stderr, flush=True)
-    gc.collect()                       # of what the error held: a loader's workers end with it
+    traceback.clear_frames(failure.__traceback__)                        # loaders go, and end their workers
     raise SystemExit(code)
 
 
@@ -187,3 +192,74 @@ def read_checkpoint(path):
         raise
     except Exception as error:                                           # a broken file can raise anything
         raise UserError(f"{path} is no whole checkpoint of train.py ({type(error).__name__}): take another")
+
+
+# ---------------------------------------------------------------------------------------- download
+COCO = "http://images.cocodataset.org"
+DOWNLOADS = {                                         # url, what it leaves below the root, md5 or sha1
+    "ade20k": [("http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
+                "ADEChallengeData2016", "219e1696abb36c8ba3a3afe7fb2f4b4606a897c7"),
+               ("http://sceneparsing.csail.mit.edu/data/ChallengeData2017/annotations_instance.tar",
+                "ADEChallengeData2016/annotations_instance", None)],
+    "coco-panoptic": [(f"{COCO}/zips/train2017.zip", "coco/train2017", None),
+                      (f"{COCO}/zips/val2017.zip", "coco/val2017", None),
+                      (f"{COCO}/annotations/panoptic_annotations_trainval2017.zip",
+                       "coco/annotations/panoptic_val2017.json", None)],
+    "voc": [("http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar", "VOCdevkit",
+             "6cd6e144f989b92b3379bac3b3de84fd")]}
+DOWNLOADS["ade20k-panoptic"] = DOWNLOADS["ade20k"]
+
+
+def download(name, root=None):
+    """Fetches and unpacks what of a dataset is not there yet; call it again after an interruption. Raises
+    UserError for data that cannot be had this way, for a full disk and for broken files."""
+    if name not in DOWNLOADS:
+        reason = "needs a login" if "https:" in layout_of(name) else "is your own or drawn"
+        raise UserError(f"--download: {name} {reason}, it cannot be fetched. What belongs below --data-root: "
+                        f"{layout_of(name)} (see docs/DATASETS.md)")
+    root = Path(root or os.environ.get("DATA_ROOT") or "datasets")
+    for url, result, checksum in DOWNLOADS[name]:
+        archive = root / url.rpartition("/")[2]                          # stays until it is unpacked
+        folder = root / Path(result).parts[0] if "/" in result else root
+        if (root / result).exists() and not archive.exists():
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        # Nothing leaves `folder`: zip files lose the names that would, tar files with such are refused.
+        safely = {"filter": "data"} if archive.suffix == ".tar" else {}
+        try:
+            if not archive.exists():
+                fetch(url, archive, checksum)
+            print(f"unpacking {archive}", flush=True)
+            shutil.unpack_archive(archive, folder, **safely)
+            for inner in folder.glob("annotations/panoptic_*2017.zip"):  # COCO's holds two more
+                shutil.unpack_archive(inner, inner.parent)
+                inner.unlink()
+        except Exception as error:                                       # a broken file can raise anything
+            if isinstance(error, shutil.ReadError) or not isinstance(error, OSError):
+                archive.unlink(missing_ok=True)                          # but a full disk is no reason
+            raise UserError(f"{url}: {error}; run again to go on") from error
+        archive.unlink()
+
+
+def fetch(url, archive, checksum):
+    """By way of ARCHIVE.part: an archive that is there is whole."""
+    part = archive.with_name(f"{archive.name}.part")
+
+    def report(blocks, block_size, total):
+        free = shutil.disk_usage(archive.parent).free if blocks == 0 else math.inf
+        if 2 * total > free:
+            raise UserError(f"needs {2 * total / 1e9:.1f} GB, also to unpack it; {archive.parent} has "
+                            f"{free / 1e9:.1f}")
+        if blocks % 1000 == 0:
+            done = f"{blocks * block_size / 1e6:.0f} of {total / 1e6:.0f} MB"
+            print(f"\r{archive.name}: {done}", end="", flush=True)
+
+    socket.setdefaulttimeout(60)                                         # of silence
+    urllib.request.urlretrieve(url, part, report)                        # an error if it breaks off
+    print()
+    digest = hashlib.md5 if checksum and len(checksum) == 32 else hashlib.sha1
+    found = checksum and digest(np.memmap(part, mode="r")).hexdigest()
+    if found != checksum:
+        part.unlink()
+        raise UserError(f"has the checksum {found} instead of {checksum}")
+    part.replace(archive)

@@ -19,13 +19,14 @@ import torch.distributed as dist
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
-from data import (DATASETS, Augmentation, DetrAugmentation, FirstImages, TrainingSamples, UserError,
-                  build_dataset, download, recipe, resized, seed_of, step_batches, training_batches)
+from batches import (Augmentation, DetrAugmentation, TrainingSamples, seed_of, step_batches,
+                     training_batches)
+from data import DATASETS, UserError, build_dataset, recipe, resized
 from evaluate import (TEST_OPTIONS, build_model, draw_predictions, draw_queries, evaluate, load, save_metrics,
                       single_numbers, table_of_classes)
 from losses import mask_classification_loss, per_pixel_loss
 from matcher import fixed_match, hungarian_match
-from run import (STOPPED, Flags, average_over_processes, command, hear_signals, log_row, process,
+from run import (STOPPED, Flags, average_over_processes, command, download, hear_signals, log_row, process,
                  read_checkpoint, start_folder, start_process, write_whole)
 
 AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -220,7 +221,8 @@ def load_datasets(args):
     if args.augmentation == "crop":
         augment = Augmentation(args.short_side, args.max_long_side, args.crop, args.color_distortion)
     if args.overfit:
-        train_set = test_set = FirstImages(train_set, args.overfit)
+        del train_set.pairs[args.overfit:]
+        test_set = train_set
         augment = partial(resized, short_side=args.test_short_side, max_long_side=args.test_max_long_side)
     args.num_classes = len(test_set.classes)
     args.task = args.task or ("panoptic" if test_set.panoptic else "semantic")

@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 
 import data
-from data import Augmentation, TrainingSamples, build_dataset, collate, merge_classes, resized, step_batches
+import batches
+from batches import Augmentation, TrainingSamples, collate, merge_classes, step_batches
+from data import build_dataset, resized
 from evaluate import ConfusionMatrix, PanopticQuality
 
 REAL = os.environ.get("DATA_ROOT")
@@ -409,9 +411,9 @@ def test_colour_distortion_changes_colours_and_nothing_else():
 
 
 def test_test_size_is_the_short_side_unless_the_long_side_gets_too_long():
-    assert list(data.fit((100, 200), 50, 1000)) == [50, 100]
-    assert list(data.fit((200, 100), 50, 80)) == [80, 40]
-    assert min(data.fit((1, 5000), 512, 2048)) >= 1
+    assert list(batches.fit((100, 200), 50, 1000)) == [50, 100]
+    assert list(batches.fit((200, 100), 50, 80)) == [80, 40]
+    assert min(batches.fit((1, 5000), 512, 2048)) >= 1
     image, segment_map = resized(*marked(60, 90), 30, 60)
     assert image.shape == (3, 30, 45) and segment_map.shape == (30, 45)
     assert set(segment_map.unique().tolist()) == set(range(6))
@@ -520,8 +522,8 @@ def test_a_resumed_stream_goes_on_where_it_stopped():
 
 
 def test_workers_send_what_one_process_computes():
-    cpu, batches = torch.device("cpu"), step_batches(0, 3, 4)
-    alone, shared = (list(data.training_batches(shape_samples(), batches, n, cpu)) for n in (0, 1))
+    cpu, numbers = torch.device("cpu"), step_batches(0, 3, 4)
+    alone, shared = (list(batches.training_batches(shape_samples(), numbers, n, cpu)) for n in (0, 1))
     assert len(alone) == len(shared) == 3
     assert all(same(ours, theirs) for ours, theirs in zip(alone, shared))
 

@@ -24,6 +24,7 @@ from torch import nn
 
 import data
 import evaluate
+import run
 import train
 from data import build_dataset
 from test_data import write_image, write_png
@@ -719,7 +720,7 @@ def serve(server, monkeypatch, name, *entries):
     """entries: (name of the archive, content, what it leaves, checksum)."""
     server.files |= {archive: content for archive, content, _, _ in entries}
     place = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setitem(data.DOWNLOADS, name, [(f"{place}/{archive}", result, checksum)
+    monkeypatch.setitem(run.DOWNLOADS, name, [(f"{place}/{archive}", result, checksum)
                                                for archive, _, result, checksum in entries])
 
 
@@ -756,23 +757,23 @@ ARCHIVES = {"ade20k-panoptic": ade20k_archives, "coco-panoptic": coco_archives, 
 def test_a_download_leaves_the_dataset_and_nothing_else_and_a_second_one_does_nothing(
         name, replica, server, monkeypatch, tmp_path):
     archives = ARCHIVES[name](replica(name))
-    assert [entry[2] for entry in archives] == [result for _, result, _ in data.DOWNLOADS[name]]
-    assert [entry[0] for entry in archives] == [url.rsplit("/", 1)[1] for url, _, _ in data.DOWNLOADS[name]]
+    assert [entry[2] for entry in archives] == [result for _, result, _ in run.DOWNLOADS[name]]
+    assert [entry[0] for entry in archives] == [url.rsplit("/", 1)[1] for url, _, _ in run.DOWNLOADS[name]]
     serve(server, monkeypatch, name, *archives)
     root = tmp_path / "not" / "there yet"
-    data.download(name, root)
+    run.download(name, root)
     for split in ("train", "val"):
         ours, original = (build_dataset(name, place, split) for place in (root, replica(name)))
         assert ours.classes == original.classes and len(ours) == len(original)
         assert all(torch.equal(ours[i][part], original[i][part]) for i in range(len(ours)) for part in (0, 1))
     assert {name for name in below(root, ".") if "__MACOSX" not in name} == set(below(replica(name), "."))
     assert server.asked == [entry[0] for entry in archives]
-    data.download(name, root)
+    run.download(name, root)
     assert len(server.asked) == len(archives)
 
 
 def test_where_downloads_come_from_is_well_formed():
-    for name, entries in data.DOWNLOADS.items():
+    for name, entries in run.DOWNLOADS.items():
         assert name in data.DATASETS and entries
         for url, result, checksum in entries:
             assert re.fullmatch(r"https?://[^ ]+\.(zip|tar)", url) and not result.startswith(("/", ".."))
@@ -796,10 +797,10 @@ def complete(root):
 def test_a_wrong_checksum_is_named_and_the_file_is_thrown_away(small, server, tmp_path):
     server.files["small.zip"] = small[:-30] + bytes(30)
     with pytest.raises(data.UserError, match="small.zip.*checksum"):
-        data.download("ade20k", tmp_path)
+        run.download("ade20k", tmp_path)
     assert list(tmp_path.iterdir()) == []
     server.files["small.zip"] = small
-    data.download("ade20k", tmp_path)
+    run.download("ade20k", tmp_path)
     assert complete(tmp_path) and server.asked == ["small.zip"] * 2
 
 
@@ -811,9 +812,9 @@ def test_a_download_that_was_cut_is_no_archive_and_the_next_call_starts_anew(
         serve(server, monkeypatch, "ade20k", ("small.zip", small, "ADEChallengeData2016", None))
     server.cut = cut
     with pytest.raises(data.UserError, match="small.zip.*again"):
-        data.download("ade20k", tmp_path)
+        run.download("ade20k", tmp_path)
     assert not (tmp_path / "ADEChallengeData2016").exists() and not (tmp_path / "small.zip").exists()
-    data.download("ade20k", tmp_path)
+    run.download("ade20k", tmp_path)
     assert complete(tmp_path)
 
 
@@ -822,32 +823,32 @@ def test_a_tar_that_was_cut_between_two_members_is_not_taken_for_whole(server, m
     serve(server, monkeypatch, "ade20k", ("small.tar", content, "ADEChallengeData2016", None))
     server.cut = 512 + 200_192                                           # a header, and whole blocks of content
     with pytest.raises(data.UserError, match="small.tar.*again"):
-        data.download("ade20k", tmp_path)
+        run.download("ade20k", tmp_path)
     assert not (tmp_path / "ADEChallengeData2016").exists()
-    data.download("ade20k", tmp_path)
+    run.download("ade20k", tmp_path)
     assert (tmp_path / "b.bin").exists()
 
 
 @pytest.mark.parametrize("rest", [b"", b"PK\x03\x04 of a call that was killed"])
 def test_what_a_killed_call_left_is_overwritten(small, server, rest, tmp_path):
     (tmp_path / "small.zip.part").write_bytes(rest + small + bytes(1000))
-    data.download("ade20k", tmp_path)
+    run.download("ade20k", tmp_path)
     assert complete(tmp_path) and server.asked == ["small.zip"]
 
 
 def test_a_server_that_does_not_tell_the_length_will_do(small, server, tmp_path):
     server.without_length = True
-    data.download("ade20k", tmp_path)
+    run.download("ade20k", tmp_path)
     assert complete(tmp_path)
 
 
 def test_a_server_that_is_not_there_or_has_no_such_file_is_named(small, server, monkeypatch, tmp_path):
     server.files.clear()
     with pytest.raises(data.UserError, match="small.zip.*404"):
-        data.download("ade20k", tmp_path)
-    monkeypatch.setitem(data.DOWNLOADS, "ade20k", [("http://127.0.0.1:9/small.zip", "ADEChallengeData2016", None)])
+        run.download("ade20k", tmp_path)
+    monkeypatch.setitem(run.DOWNLOADS, "ade20k", [("http://127.0.0.1:9/small.zip", "ADEChallengeData2016", None)])
     with pytest.raises(data.UserError, match="127.0.0.1:9/small.zip"):
-        data.download("ade20k", tmp_path)
+        run.download("ade20k", tmp_path)
 
 
 def test_too_small_a_disk_is_named_before_anything_is_fetched(small, server, monkeypatch, tmp_path):
@@ -855,9 +856,9 @@ def test_too_small_a_disk_is_named_before_anything_is_fetched(small, server, mon
         usage = shutil.disk_usage(tmp_path)._replace(free=len(small) + 1000)
         patch.setattr(shutil, "disk_usage", lambda path: usage)          # the archive alone would fit
         with pytest.raises(data.UserError, match=r"GB.*" + re.escape(str(tmp_path))):
-            data.download("ade20k", tmp_path)
+            run.download("ade20k", tmp_path)
     assert sum(len(content) for content in below(tmp_path, ".").values()) == 0
-    data.download("ade20k", tmp_path)
+    run.download("ade20k", tmp_path)
     assert complete(tmp_path)
 
 
@@ -869,8 +870,8 @@ def test_an_interrupted_unpacking_starts_again_without_a_second_download(small, 
             raise KeyboardInterrupt
         patch.setattr(shutil, "unpack_archive", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            data.download("ade20k", tmp_path)
-    data.download("ade20k", tmp_path)
+            run.download("ade20k", tmp_path)
+    run.download("ade20k", tmp_path)
     assert complete(tmp_path) and len(server.asked) == 1
 
 
@@ -880,8 +881,8 @@ def test_a_disk_that_is_full_while_unpacking_costs_no_second_download(small, ser
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "unpack_archive", full)
         with pytest.raises(data.UserError, match="small.zip.*No space left"):
-            data.download("ade20k", tmp_path)
-    data.download("ade20k", tmp_path)
+            run.download("ade20k", tmp_path)
+    run.download("ade20k", tmp_path)
     assert complete(tmp_path) and len(server.asked) == 1
 
 
@@ -889,9 +890,9 @@ def test_a_broken_archive_is_named_and_fetched_again(server, monkeypatch, tmp_pa
     content = zipped({"ADEChallengeData2016/a.bin": np.random.default_rng(0).bytes(200_000)})
     serve(server, monkeypatch, "ade20k", ("small.zip", content[:-50], "ADEChallengeData2016", None))
     with pytest.raises(data.UserError, match="small.zip"):
-        data.download("ade20k", tmp_path)
+        run.download("ade20k", tmp_path)
     server.files["small.zip"] = content
-    data.download("ade20k", tmp_path)
+    run.download("ade20k", tmp_path)
     assert complete(tmp_path)
 
 
@@ -901,7 +902,7 @@ def test_no_archive_writes_outside_the_root(pack, archive, evil, server, monkeyp
     content = pack({"ADEChallengeData2016/a.bin": b"good", evil.format(top=tmp_path): b"evil"})
     serve(server, monkeypatch, "ade20k", (archive, content, "ADEChallengeData2016", None))
     try:
-        data.download("ade20k", tmp_path / "root")
+        run.download("ade20k", tmp_path / "root")
     except data.UserError as error:
         assert archive in str(error)
     assert not (tmp_path / "evil.txt").exists() and [path.name for path in tmp_path.iterdir()] == ["root"]
@@ -918,7 +919,7 @@ def test_no_link_in_an_archive_leads_outside_the_root(server, monkeypatch, tmp_p
         archive.addfile(member, io.BytesIO(b"evil"))
     serve(server, monkeypatch, "ade20k", ("small.tar", out.getvalue(), "ADEChallengeData2016", None))
     with pytest.raises(data.UserError, match="small.tar"):
-        data.download("ade20k", tmp_path / "root")
+        run.download("ade20k", tmp_path / "root")
     assert not (tmp_path / "evil.txt").exists()
 
 
@@ -927,7 +928,7 @@ def test_no_link_in_an_archive_leads_outside_the_root(server, monkeypatch, tmp_p
                                         ("ade20k-full", "csail.mit.edu"), ("coco-stuff-10k", "cocostuff10k")])
 def test_a_dataset_behind_a_login_says_where_to_get_it(name, site, tmp_path):
     with pytest.raises(data.UserError) as error:
-        data.download(name, tmp_path)
+        run.download(name, tmp_path)
     assert site in str(error.value) and "docs/DATASETS.md" in str(error.value) and name in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -935,7 +936,7 @@ def test_a_dataset_behind_a_login_says_where_to_get_it(name, site, tmp_path):
 @pytest.mark.parametrize("name", ["shapes", "folder", "panoptic"])
 def test_own_and_drawn_data_are_not_to_be_downloaded(name, tmp_path):
     with pytest.raises(data.UserError, match="own or drawn"):
-        data.download(name, tmp_path)
+        run.download(name, tmp_path)
 
 
 # ------------------------------------------------------------------ recipes and their page
@@ -1001,10 +1002,10 @@ def test_the_page_of_datasets_has_them_all_and_is_short():
     assert set(table(1)) == set(table(2)) == set(data.DATASETS) == set(data.RECIPES)
     assert len((ROOT / "docs/DATASETS.md").read_text().split("\n")) <= 60
     for name, (*_, source) in table(1).items():
-        assert (source == "yes") == (name in data.DOWNLOADS)
+        assert (source == "yes") == (name in run.DOWNLOADS)
         if "](" in source:
             with pytest.raises(data.UserError, match=re.escape(re.search(r"\((.*)\)", source)[1])):
-                data.download(name, "nowhere")
+                run.download(name, "nowhere")
 
 
 def test_the_commands_of_the_page_are_understood():

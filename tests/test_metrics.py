@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import evaluate
-from data import build_dataset, merge_classes
+from batches import merge_classes
+from data import build_dataset
 from evaluate import ConfusionMatrix, PanopticQuality
 from maskformer import panoptic_inference, semantic_inference
 

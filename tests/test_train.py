@@ -16,7 +16,8 @@ from torch import nn
 
 import evaluate
 import train
-from data import Batch, Shapes, TrainingSamples, UserError, collate, step_batches
+from batches import Batch, TrainingSamples, collate, step_batches
+from data import Shapes, UserError
 from evaluate import load
 from maskformer import MaskFormer
 from run import STOP_SIGNALS
