@@ -20,8 +20,8 @@ from torchvision.transforms.v2.functional import resize, to_pil_image
 from torchvision.utils import draw_segmentation_masks
 
 from batches import fit
-from data import (ADE20K_STUFF, DATASETS, SegmentationDataset, UserError, build_dataset, label_map, read_image,
-                  recipe, void_label)
+from data import (ADE20K_STUFF, DATASETS, SegmentationDataset, UserError, build_dataset, label_map,
+                  read_image, recipe, void_label)
 from maskformer import (MaskFormer, PerPixelBaseline, PerPixelBaselinePlus, panoptic_inference,
                         semantic_inference)
 from pretrained import load_official
