@@ -219,6 +219,8 @@ def folder(root, split):
     """classes.txt, images/{train,val}/X.jpg, annotations/{train,val}/X.png (class indices, 255 is void)"""
     lines = read_lines(root / "classes.txt")
     classes = [line.removesuffix(" thing").removesuffix(" stuff") for line in lines]
+    if not classes:
+        raise UserError(f"{root / 'classes.txt'} holds no class: write the name of one in each line")
     pairs = pair_files(root / "images" / split, root / "annotations" / split)
     return labelled(pairs, classes, range(len(classes)), [line.endswith(" thing") for line in lines],
                     void=void_label(len(classes)))
@@ -343,17 +345,35 @@ def panoptic(root, split):
 def coco_format(images, maps, json_file):
     """COCO's panoptic format: a folder of images, one of PNGs, a json of categories, images, annotations."""
     images.stat(), maps.stat()                                           # FileNotFoundError if not there
-    content = json.loads(json_file.read_text(encoding="utf-8"))
-    categories = sorted(content["categories"], key=lambda category: category["id"])
-    category_ids = [category["id"] for category in categories]                       # with gaps
-    file_of = {image["id"]: images / image["file_name"] for image in content["images"]}
-    annotations = sorted(content["annotations"], key=lambda annotation: annotation["image_id"])
+    try:
+        content = json.loads(json_file.read_text(encoding="utf-8"))
+        categories = sorted(content["categories"], key=lambda category: category["id"])
+        class_of_id = {category["id"]: k for k, category in enumerate(categories)}   # ids have gaps
+        if not 0 < len(class_of_id) == len(categories):
+            raise ValueError(f"the categories have the ids {[category['id'] for category in categories]}")
+        file_of = {image["id"]: images / image["file_name"] for image in content["images"]}
+        annotations = sorted(content["annotations"], key=lambda annotation: annotation["image_id"])
+        for annotation in annotations:
+            check_annotation(annotation, file_of, class_of_id)
+        names, is_thing = zip(*((category["name"], bool(category["isthing"])) for category in categories))
+    except (KeyError, TypeError, ValueError) as error:
+        problem = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{json_file} is not in COCO's panoptic format: {problem}") from error
     pairs = [(file_of[annotation["image_id"]], annotation) for annotation in annotations]
-    read = partial(read_panoptic_png, folder=maps,
-                   class_of_id={category_id: k for k, category_id in enumerate(category_ids)})
-    names, is_thing = zip(*((category["name"], bool(category["isthing"])) for category in categories))
+    read = partial(read_panoptic_png, folder=maps, class_of_id=class_of_id)
     image_ids = {path.stem: annotation["image_id"] for path, annotation in pairs}
-    return SegmentationDataset(pairs, list(names), list(is_thing), read, category_ids, True, image_ids)
+    return SegmentationDataset(pairs, list(names), list(is_thing), read, list(class_of_id), True, image_ids)
+
+
+def check_annotation(annotation, file_of, class_of_id):
+    """ValueError for an entry of COCO's json that does not agree with the others or with itself."""
+    name, segments = annotation["file_name"], annotation["segments_info"]
+    if annotation["image_id"] not in file_of:
+        raise ValueError(f"{name} belongs to image {annotation['image_id']}, which is not in its list")
+    if unknown := {segment["category_id"] for segment in segments} - class_of_id.keys():
+        raise ValueError(f"{name} has segments of the categories {unknown}, which are not in its list")
+    if len({segment["id"] for segment in segments}) < len(segments):
+        raise ValueError(f"{name} has two segments of one id")
 
 
 def read_panoptic_png(annotation, folder, class_of_id):

@@ -197,11 +197,8 @@ def predict(model, image, is_thing, test_short_side, test_max_long_side, object_
             total = total + (scores.flip(-1) if mirrored else scores)
         score_maps.append(total)
     if panoptic and class_logits is not None:
-        score, best = class_logits.softmax(-1).max(-1)
-        keep = (best < len(is_thing)) & (score > object_threshold)       # no other can win: resize only these
-        masks = mask_logits[keep] if size == list(original) else upsample(mask_logits[keep], original)
-        segment_map, segments = panoptic_inference(class_logits[keep], masks, is_thing, object_threshold,
-                                                   overlap_threshold)
+        segment_map, segments = panoptic_inference(class_logits, mask_logits, is_thing, object_threshold,
+                                                   overlap_threshold, size=original)
     return best_class(score_maps, original), segment_map, segments
 
 
@@ -216,7 +213,7 @@ def evaluate(model, dataset, inference=None, save=None, workers=0, task="panopti
     instances = dataset.panoptic and task == "panoptic" and type(model) is MaskFormer
     panoptic = instances or inference == "panoptic"
     if panoptic and type(model) is not MaskFormer:
-        raise SystemExit("--inference panoptic: the per-pixel baselines predict no segments")
+        raise UserError("--inference panoptic: the per-pixel baselines predict no segments")
     matrix = ConfusionMatrix(K, void)
     quality = PanopticQuality(K, dataset.is_thing if instances else [False] * K)
     mine = range(rank, len(dataset), world_size)

@@ -251,25 +251,33 @@ def semantic_inference(class_logits, mask_logits):
     return torch.einsum("bqk,bqhw->bkhw", class_prob, mask_logits.sigmoid())
 
 
-def panoptic_inference(class_logits, mask_logits, is_thing, object_threshold=0.8, overlap_threshold=0.8):
+def panoptic_inference(class_logits, mask_logits, is_thing, object_threshold=0.8, overlap_threshold=0.8,
+                       size=None):
     """Sec. 3.4, "general inference", of one image: every pixel goes to the query that is most sure of it.
 
     class_logits [Q, K+1], mask_logits [Q, H, W], is_thing [K] bool -> segment_map [H, W] int32, 0 where void,
     and segments [{"id", "category_id", "isthing", "score"}], ids 1, 2, ... in the order of the queries.
     object_threshold: least class probability of a query; overlap_threshold: least visible share of its mask.
+    size: the H, W to resize masks to; one by one, so that memory does not grow with their number.
     """
     score, label = class_logits.softmax(-1).max(-1)                      # [Q]
     keep = (label < len(is_thing)) & (score > object_threshold)
-    score, label, mask_prob = score[keep], label[keep], mask_logits[keep].sigmoid()
-    segment_map = torch.zeros(mask_logits.shape[-2:], dtype=torch.int32, device=mask_logits.device)
-    segments, stuff = [], {}                                             # stuff: class -> its one segment
-    if len(score) == 0:
-        return segment_map, segments
-    winner = (score[:, None, None] * mask_prob).argmax(0)                # [H, W]
+    score, label, mask_logits = score[keep], label[keep], mask_logits[keep].float()
+    best = mask_logits.new_zeros(size or mask_logits.shape[-2:])         # [H, W], the highest product so far
+    winner = torch.zeros_like(best, dtype=torch.int16)                   # [H, W], and whose it is
+    whole = torch.zeros_like(label)                                      # areas, not weighted by the score
+    for i, logits in enumerate(mask_logits):
+        if logits.shape != best.shape:
+            logits = F.interpolate(logits[None, None], size=best.shape, mode="bilinear")[0, 0]
+        prob = logits.sigmoid()
+        whole[i] = (prob >= 0.5).sum()
+        prob *= score[i]
+        winner.masked_fill_(prob > best, i)
+        torch.maximum(best, prob, out=best)
     visible = winner.flatten().bincount(minlength=len(score)).tolist()
-    whole = (mask_prob >= 0.5).flatten(1).sum(1).tolist()                # areas, not weighted by the score
-    for i, (c, p) in enumerate(zip(label.tolist(), score.tolist())):
-        if visible[i] == 0 or whole[i] == 0 or visible[i] / whole[i] < overlap_threshold:
+    segment_map, segments, stuff = torch.zeros_like(winner, dtype=torch.int32), [], {}
+    for i, (c, p, area) in enumerate(zip(label.tolist(), score.tolist(), whole.tolist())):
+        if visible[i] == 0 or area == 0 or visible[i] / area < overlap_threshold:
             continue
         segment = stuff.get(c)                                           # stuff of one class is one segment
         if segment is None:

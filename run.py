@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -41,15 +42,24 @@ def command(main):
             dist.destroy_process_group()
         raise SystemExit(code)
     except (UserError, OSError, dist.DistNetworkError, torch.OutOfMemoryError) as error:
-        failure, text, code = error, "error: " + one_line(error), 2
-    except KeyboardInterrupt as error:
-        failure, text, code = error, "interrupted", 130
-    except Exception as error:
-        failure, text, code = error, traceback.format_exc(), 1
+        text, code = "error: " + one_line(error), 2
+    except KeyboardInterrupt:
+        text, code = "interrupted", 130
+    except Exception:
+        text, code = traceback.format_exc(), 1
     if is_first_to_fail():
         print(text, file=sys.stderr, flush=True)
-    traceback.clear_frames(failure.__traceback__)                        # loaders go, and end their workers
-    raise SystemExit(code)
+    leave(code)
+
+
+def leave(code):
+    """Ends this process at once, and its loader workers, who are deaf to what would end them (`hear_signals`)."""
+    if os.name == "posix":
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)                    # torch would raise an error over them
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def one_line(error):
@@ -149,7 +159,10 @@ def start_folder(args, first):
     folder = Path(args.output or next(path for path in numbers if not Path(path).exists()))
     if process()[0] > 0:
         return folder                                                    # in which process 0 alone writes
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {folder} cannot be made ({error.strerror}): choose another") from error
     git, describe = None, ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     with contextlib.suppress(OSError):                                   # no git here
         git = subprocess.run(describe, capture_output=True, text=True, cwd=Path(__file__).parent).stdout
@@ -185,13 +198,12 @@ def write_whole(path, content):
 
 def read_checkpoint(path):
     """-> the content of a checkpoint of train.py. No code in the file is run."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: state[name] for name in ("model", "config", "classes", "is_thing", "step")} | state
-    except OSError:
-        raise
-    except Exception as error:                                           # a broken file can raise anything
-        raise UserError(f"{path} is no whole checkpoint of train.py ({type(error).__name__}): take another")
+    with open(path, "rb") as file:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            return {name: state[name] for name in ("model", "config", "classes", "is_thing", "step")} | state
+        except Exception as error:                                       # a broken file can raise anything
+            raise UserError(f"{path} is no whole checkpoint of train.py ({type(error).__name__}): take another")
 
 
 # ---------------------------------------------------------------------------------------- download

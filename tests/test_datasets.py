@@ -1048,3 +1048,15 @@ def test_two_processes_train_on_a_replica_and_score(name, flags, replica, tmp_pa
     assert all(0 <= metrics[key] <= 100 for key in names) and ("PQ" in metrics) == (name in PANOPTIC)
     rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert all(np.isfinite(row["loss"]) for row in rows if "loss" in row) and "mIoU" in result.stdout
+
+
+# ------------------------------------------------------------------ predictions as the benchmarks take them
+
+
+@pytest.mark.parametrize("numbers, void", [([7, 8, 33], 0), ([1, 2, 150], 0), ([0, 1, 2], 255)])
+def test_saved_label_maps_hold_the_publishers_numbers(numbers, void, tmp_path):
+    dataset = data.SegmentationDataset([], ["a", "b", "c"], [False] * 3, None, numbers)
+    label = torch.tensor([[0, 1, 2, 255]])
+    evaluate.save_prediction(tmp_path, "x", torch.zeros(3, 1, 4, dtype=torch.uint8), dataset, label, None, None)
+    with Image.open(tmp_path / "semantic/x.png") as png:
+        assert png.mode == "L" and np.array(png).tolist() == [[*numbers, void]]
