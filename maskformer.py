@@ -26,10 +26,7 @@ from torch import nn
 # ---------------------------------------------------------------------------------------- backbone
 class Backbone(nn.Module):
     """Any timm `features_only` backbone with strides 4, 8, 16 and 32; it normalises its images itself.
-
-    freeze_bn: batch norms keep their statistics and affine parameters; None: if `pretrained` (Sec. 4.1).
-    Raises ValueError for a backbone without those four strides.
-    """
+    freeze_bn: batch norms keep their statistics and affine parameters; None: if `pretrained` (Sec. 4.1)."""
 
     def __init__(self, name, pretrained=True, freeze_bn=None):
         super().__init__()
@@ -122,8 +119,7 @@ def sine_position(h, w, dim, device=None, temperature=10000):
     frequency = temperature ** -(torch.arange(0, dim // 2, 2, device=device) / (dim // 2))   # [dim/4]
 
     def encode(n):                                                       # coordinates 1..n -> [n, dim/2]
-        angle = torch.arange(1, n + 1, device=device) / (n + 1e-6) * 2 * math.pi
-        angle = angle[:, None] * frequency
+        angle = (torch.arange(1, n + 1, device=device) / (n + 1e-6) * 2 * math.pi)[:, None] * frequency
         return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
 
     y, x = encode(h)[:, None].expand(h, w, -1), encode(w)[None].expand(h, w, -1)
@@ -257,8 +253,8 @@ def panoptic_inference(class_logits, mask_logits, is_thing, object_threshold=0.8
 
     class_logits [Q, K+1], mask_logits [Q, H, W], is_thing [K] bool -> segment_map [H, W] int32, 0 where void,
     and segments [{"id", "category_id", "isthing", "score"}], ids 1, 2, ... in the order of the queries.
-    object_threshold: least class probability of a query; overlap_threshold: least visible share of its mask.
-    size: the H, W to resize masks to; one by one, so that memory does not grow with their number.
+    object_threshold: least class probability of a query; overlap_threshold: least visible share of its mask;
+    size: H, W that masks are resized to, one by one.
     """
     score, label = class_logits.softmax(-1).max(-1)                      # [Q]
     keep = (label < len(is_thing)) & (score > object_threshold)
@@ -267,24 +263,21 @@ def panoptic_inference(class_logits, mask_logits, is_thing, object_threshold=0.8
     winner = torch.zeros_like(best, dtype=torch.int16)                   # [H, W], and whose it is
     whole = torch.zeros_like(label)                                      # areas, not weighted by the score
     for i, logits in enumerate(mask_logits):
-        if logits.shape != best.shape:
-            logits = F.interpolate(logits[None, None], size=best.shape, mode="bilinear")[0, 0]
-        prob = logits.sigmoid()
+        prob = F.interpolate(logits[None, None], size=best.shape, mode="bilinear")[0, 0].sigmoid()
         whole[i] = (prob >= 0.5).sum()
         prob *= score[i]
         winner.masked_fill_(prob > best, i)
         torch.maximum(best, prob, out=best)
     visible = winner.flatten().bincount(minlength=len(score)).tolist()
-    segment_map, segments, stuff = torch.zeros_like(winner, dtype=torch.int32), [], {}
+    segment_map, segments = torch.zeros_like(winner, dtype=torch.int32), []
     for i, (c, p, area) in enumerate(zip(label.tolist(), score.tolist(), whole.tolist())):
         if visible[i] == 0 or area == 0 or visible[i] / area < overlap_threshold:
             continue
-        segment = stuff.get(c)                                           # stuff of one class is one segment
+        same_stuff = (s for s in segments if s["category_id"] == c and not s["isthing"])     # becomes one
+        segment = next(same_stuff, None)
         if segment is None:
             segment = {"id": len(segments) + 1, "category_id": c, "isthing": bool(is_thing[c]), "score": p}
             segments.append(segment)
-            if not segment["isthing"]:
-                stuff[c] = segment
         segment["score"] = max(segment["score"], p)
         segment_map[winner == i] = segment["id"]
     return segment_map, segments
@@ -303,6 +296,5 @@ def instance_inference(class_logits, mask_logits, is_thing, top_k=100):
     masks = mask_logits[query] > 0                                       # [n, H, W]
     area = masks.flatten(1).sum(1)
     score = score * (mask_logits[query].sigmoid() * masks).flatten(1).sum(1) / area.clamp(min=1)
-    order = score.argsort(descending=True)
-    order = order[area[order] > 0]
+    order = score.masked_fill(area == 0, -1).argsort(descending=True)[:int((area > 0).sum())]
     return masks[order], label[order], score[order]

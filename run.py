@@ -29,7 +29,7 @@ import torch.distributed as dist
 
 from data import UserError, layout_of
 
-STOPPED = 75
+STOPPED, ATTEMPT = 75, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 STOP_SIGNALS = {getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)}
 
 
@@ -74,11 +74,10 @@ def is_first_to_fail():
     """The other processes then fail because they miss its answers; torchrun's store counts."""
     if "RANK" not in os.environ:
         return True
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
                               timeout=datetime.timedelta(seconds=10))
-        return store.add(f"failed in attempt {attempt}", 1) == 1
+        return store.add(f"failed in attempt {ATTEMPT}", 1) == 1
     except RuntimeError:                                                 # no store, nobody to count with
         return os.environ["RANK"] == "0"
 
@@ -118,8 +117,11 @@ def start_process():
         if device.index >= torch.cuda.device_count():
             raise UserError(f"--nproc-per-node: there are only {torch.cuda.device_count()} GPUs here")
         torch.cuda.set_device(device)
-    if "RANK" in os.environ:                                             # what lies on the CPU stays there
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if "RANK" in os.environ:
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"attempt {ATTEMPT}", store)            # without addresses of the one before
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"      # CPU tensors wait for no GPU
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     return device
 
 
