@@ -53,9 +53,9 @@ def command(main):
 
 
 def leave(code):
-    """Ends this process at once, and its loader workers, who are deaf to what would end them (`hear_signals`)."""
+    """Ends this process at once, and its loader workers, who are deaf to signals (`hear_signals`)."""
     if os.name == "posix":
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)                    # torch would raise an error over them
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)                    # torch would raise an error
     for worker in multiprocessing.active_children():
         worker.kill()
     sys.stdout.flush()
@@ -205,7 +205,7 @@ def read_checkpoint(path):
             state = torch.load(file, map_location="cpu", weights_only=True)
             return {name: state[name] for name in ("model", "config", "classes", "is_thing", "step")} | state
         except Exception as error:                                       # a broken file can raise anything
-            raise UserError(f"{path} is no whole checkpoint of train.py ({type(error).__name__}): take another")
+            raise UserError(f"{path} is no whole checkpoint of train.py ({type(error).__name__}): another?")
 
 
 # ---------------------------------------------------------------------------------------- download
