@@ -205,7 +205,8 @@ def read_checkpoint(path):
             state = torch.load(file, map_location="cpu", weights_only=True)
             return {name: state[name] for name in ("model", "config", "classes", "is_thing", "step")} | state
         except Exception as error:                                       # a broken file can raise anything
-            raise UserError(f"{path} is no whole checkpoint of train.py ({type(error).__name__}): another?")
+            raise UserError(f"{path} is no whole checkpoint of train.py ({type(error).__name__}): take "
+                        "another")
 
 
 # ---------------------------------------------------------------------------------------- download
