@@ -206,7 +206,7 @@ def read_checkpoint(path):
             return {name: state[name] for name in ("model", "config", "classes", "is_thing", "step")} | state
         except Exception as error:                                       # a broken file can raise anything
             raise UserError(f"{path} is no whole checkpoint of train.py ({type(error).__name__}): take "
-                        "another")
+                            "another")
 
 
 # ---------------------------------------------------------------------------------------- download
