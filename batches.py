@@ -152,7 +152,7 @@ def step_batches(first, steps, batch_size, rank=0, world_size=1, accumulate=1):
     share = batch_size // world_size // accumulate                       # images of a forward pass
     starts = (((step * world_size + rank) * accumulate + part) * share
               for step in range(first, steps) for part in range(accumulate))
-    return [range(start, start + share) for start in starts]
+    return (range(start, start + share) for start in starts)             # one by one: there may be millions
 
 
 def training_batches(samples, sampler, workers, device):
