@@ -27,17 +27,17 @@ class Augmentation:
         self.resize = v2.RandomShortestSize(short_side, max_long_side)
         # NOTE 7: the released code distorts colors as SSD does; here brightness is a factor, not a sum, and
         # the order is always this one. (v2.RandomPhotometricDistort would also shuffle channels.)
+        # On Pillow images, after the crop: their 8-bit hue, as the release's, takes a third of the time.
         strengths = dict(brightness=0.125, contrast=0.5, saturation=0.5, hue=0.1) if color_distortion else {}
-        self.distort = [v2.RandomApply([v2.ColorJitter(**{name: most})]) for name, most in strengths.items()]
+        distort = [v2.RandomApply([v2.ColorJitter(**{name: most})]) for name, most in strengths.items()]
+        self.distort = v2.Compose([v2.ToPILImage(), *distort, v2.PILToTensor()])
         self.flip = v2.RandomHorizontalFlip()
 
     def __call__(self, image, segment_map):
         image, segment_map = self.resize(tv_tensors.Image(image), tv_tensors.Mask(segment_map))
         crop = v2.RandomCrop([min(side, most) for side, most in zip(image.shape[-2:], self.crop)])
         image, segment_map = self.flip(crop(image, segment_map))
-        for distort in self.distort:
-            image = distort(image)
-        return pad_to(image, self.crop, 128), pad_to(segment_map, self.crop, 0)
+        return pad_to(self.distort(image), self.crop, 128), pad_to(segment_map, self.crop, 0)
 
 
 class DetrAugmentation:
@@ -64,6 +64,8 @@ def fit(size, short_side, max_long_side):
 
 def pad_to(x, size, value):
     """Pads [..., H, W] at the right and the bottom to `size`, with one value or one for each channel."""
+    if list(x.shape[-2:]) == list(size):
+        return x
     padded = torch.empty(*x.shape[:-2], *size, dtype=x.dtype)
     padded[:] = torch.tensor(value)[..., None, None]
     padded[..., :x.shape[-2], :x.shape[-1]] = x
@@ -120,7 +122,7 @@ class TrainingSamples(Dataset):
         if self.task == "semantic":
             segment_map, class_of, crowd = *merge_classes(segment_map, class_of), []
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(self.seed, n))
+            torch.default_generator.manual_seed(seed_of(self.seed, n))
             image, segment_map = self.augment(image, segment_map)
         present = torch.bincount(segment_map.flatten()).nonzero().squeeze(1)
         ids = [i for i in present.tolist() if i in class_of and i not in crowd]
@@ -129,7 +131,9 @@ class TrainingSamples(Dataset):
 
 
 def merge_classes(segment_map, class_of):
-    """Panoptic -> semantic: the segments of a class, crowd too, become one with id class + 1."""
+    """Panoptic -> semantic: the segments of a class, crowd too, become one (with id class + 1)."""
+    if len({*class_of.values()}) == len(class_of):
+        return segment_map, class_of
     labels = label_map(segment_map, class_of, void=-1) + 1
     most = max(class_of.values(), default=0)
     return labels.to(torch.uint8 if most < 255 else torch.int32), {k + 1: k for k in class_of.values()}

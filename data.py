@@ -149,7 +149,7 @@ def read_segments(annotation, values_of, class_of_value, void, is_thing=None):
     id_of[known] = range(1, len(known) + 1)
     class_of = {i: label_of[value] for i, value in enumerate(known, 1)}
     crowd = [i for i, value in enumerate(known, 1) if is_thing and value < 1000 and is_thing[class_of[i]]]
-    return id_of[values], class_of, crowd
+    return id_of.take(values), class_of, crowd
 
 
 # ---------------------------------------------------------------------------------------- datasets

@@ -472,8 +472,10 @@ def test_merging_classes_leaves_one_segment_for_each_class():
     assert merged.tolist() == [[6, 6, 0], [1, 10, 1]]
     assert {i: class_of[i] for i in (6, 1, 10)} == {6: 5, 1: 0, 10: 9}
     assert all(i == c + 1 for i, c in class_of.items())
+    merged, class_of = merge_classes(torch.tensor([[1, 2, 3]], dtype=torch.uint8), {1: 299, 2: 254, 3: 254})
+    assert merged.tolist() == [[300, 255, 255]]
     merged, class_of = merge_classes(torch.tensor([[1, 2]], dtype=torch.uint8), {1: 299, 2: 254})
-    assert merged.tolist() == [[300, 255]]
+    assert merged.tolist() == [[1, 2]] and class_of == {1: 299, 2: 254}  # one for each class: nothing to do
     merged, class_of = merge_classes(torch.zeros(2, 3, dtype=torch.uint8), {})
     assert class_of == {} and not merged.any()
 
