@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import evaluate
@@ -332,12 +333,16 @@ def test_flip_mirrors_the_input_and_the_answer_back():
     assert all(label[0, x].item() in pair for x in range(72) for pair in answers if x // 8 in pair)
 
 
-def test_scores_of_few_classes_at_a_time_give_the_same_labels(monkeypatch):
-    scores = [torch.rand(K, 7, 9), torch.rand(K, 13, 17)]
-    direct = evaluate.best_class(scores, (19, 23))
-    monkeypatch.setattr(evaluate, "SCORES_AT_ONCE", 2 * 19 * 23)
-    assert torch.equal(evaluate.best_class(scores, (19, 23)), direct)
-    assert direct.unique().numel() > 5
+def test_some_classes_or_rows_at_a_time_give_the_same_labels(monkeypatch):
+    scores = [torch.rand(20, 7, 9), torch.rand(20, 13, 17)]
+    whole = sum(F.interpolate(x[None], size=(19, 23), mode="bilinear")[0] for x in scores).argmax(0)
+    assert torch.equal(evaluate.best_class(scores, (19, 23)), whole)
+    class_logits, mask_logits = torch.randn(30, K + 1), torch.randn(30, 19, 23)
+    whole = semantic_inference(class_logits[None], mask_logits[None])[0].argmax(0)
+    for rows in (1, 4, 19):
+        monkeypatch.setattr(evaluate, "PIXELS_AT_ONCE", (rows * 23, rows * 23))
+        assert torch.equal(evaluate.semantic_map(class_logits, mask_logits), whole)
+    assert whole.unique().numel() > 5
 
 
 def test_merged_classes_are_what_semantic_truth_is():
