@@ -16,6 +16,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from data import label_map
+from run import process
 
 
 # ---------------------------------------------------------------------------------------- augmentation
@@ -27,10 +28,11 @@ class Augmentation:
         self.resize = v2.RandomShortestSize(short_side, max_long_side)
         # NOTE 7: the released code distorts colors as SSD does; here brightness is a factor, not a sum, and
         # the order is always this one. (v2.RandomPhotometricDistort would also shuffle channels.)
-        # On Pillow images, after the crop: their 8-bit hue, as the release's, takes a third of the time.
+        # On Pillow images: their 8-bit hue takes a third of the time of torchvision's on tensors.
         strengths = dict(brightness=0.125, contrast=0.5, saturation=0.5, hue=0.1) if color_distortion else {}
         distort = [v2.RandomApply([v2.ColorJitter(**{name: most})]) for name, most in strengths.items()]
-        self.distort = v2.Compose([v2.ToPILImage(), *distort, v2.PILToTensor()])
+        on_pillow = [v2.ToPILImage(), *distort, v2.PILToTensor()]
+        self.distort = v2.Compose(on_pillow if distort else [v2.Identity()])
         self.flip = v2.RandomHorizontalFlip()
 
     def __call__(self, image, segment_map):
@@ -90,7 +92,7 @@ class Batch(NamedTuple):
     def masks(self):
         """-> [N, H, W] bool."""
         owner = self.owner.to(self.ids.device, non_blocking=True)
-        return self.segment_maps[owner] == self.ids[:, None, None]
+        return self.segment_maps[owner] == self.ids[:, None, None].to(self.segment_maps.dtype)
 
     def label_map(self, void):
         """-> [B, H, W] int64: the class of each pixel, or `void`."""
@@ -131,7 +133,7 @@ class TrainingSamples(Dataset):
 
 
 def merge_classes(segment_map, class_of):
-    """Panoptic -> semantic: the segments of a class, crowd too, become one (with id class + 1)."""
+    """Panoptic -> semantic: the segments of a class, crowd too, become one. If any do, ids are class + 1."""
     if len({*class_of.values()}) == len(class_of):
         return segment_map, class_of
     labels = label_map(segment_map, class_of, void=-1) + 1
@@ -164,3 +166,11 @@ def training_batches(samples, sampler, workers, device):
     return iter(DataLoader(samples, batch_sampler=sampler, collate_fn=collate, num_workers=workers,
                            pin_memory=device.type == "cuda", persistent_workers=workers > 0,
                            prefetch_factor=4 if workers else None))
+
+
+def counter(items, text):
+    """Yields `items`; process 0 says after every hundred how far it is."""
+    for i, item in enumerate(items):
+        if process()[0] == 0 and i % 100 == 0 and i > 0:
+            print(f"{text} {i}/{len(items)}", flush=True)
+        yield item

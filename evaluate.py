@@ -7,7 +7,6 @@ Letters   Q queries · K classes · H W size of the original image · h w size o
 """
 import colorsys
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.v2.functional import resize, to_pil_image
 from torchvision.utils import draw_segmentation_masks
 
-from batches import fit
+from batches import counter, fit
 from data import (ADE20K_STUFF, DATASETS, SegmentationDataset, UserError, build_dataset, label_map,
                   read_image, recipe, void_label)
 from maskformer import (MaskFormer, PerPixelBaseline, PerPixelBaselinePlus, panoptic_inference,
@@ -27,7 +26,7 @@ from maskformer import (MaskFormer, PerPixelBaseline, PerPixelBaselinePlus, pano
 from pretrained import load_official
 from run import Flags, command, process, read_checkpoint, start_process
 
-PIXELS_AT_ONCE = 2 ** 13, 2 ** 24     # that get their classes, on a CPU (its cache) and a GPU
+PIXELS_AT_ONCE = 2 ** 13, 2 ** 20     # that get their classes, on a CPU (its cache) and a GPU
 TEST_OPTIONS = ("test_short_side", "test_max_long_side", "object_threshold", "overlap_threshold")
 
 
@@ -171,18 +170,19 @@ def best_class(score_maps, size):
     eight classes at a time, which bounds the memory."""
     best, label = torch.tensor(-torch.inf), torch.tensor(0)
     for start in range(0, len(score_maps[0]), 8):
-        few = [upsample(scores[start:start + 8], size) for scores in score_maps]
-        score, index = sum(few[1:], few[0]).max(0)
+        few = (upsample(scores[start:start + 8], size) for scores in score_maps)
+        score, index = sum(few, next(few)).max(0)
         label = torch.where(score > best, index + start, label)
         best = torch.maximum(score, best)
     return label
 
 
 def predict(model, image, is_thing, test_short_side, test_max_long_side, object_threshold=0.8,
-            overlap_threshold=0.8, scales=(1.,), flip=False, panoptic=True):
+            overlap_threshold=0.8, scales=(1.,), flip=False, panoptic=True, inference=None):
     """image [3, H, W] uint8 -> class of each pixel [H, W], segment map [H, W], segments (or None, None).
 
-    `scales` and `flip` average class scores; the panoptic result is of scale 1 alone.
+    `scales` and `flip` average class scores; the panoptic result is of scale 1 alone. inference "panoptic":
+    classes of pixels come from the panoptic result, too (Table VII).
     """
     original, segment_map, segments, score_maps = list(image.shape[-2:]), None, None, []
     size = fit(original, test_short_side, test_max_long_side)
@@ -190,7 +190,10 @@ def predict(model, image, is_thing, test_short_side, test_max_long_side, object_
     if panoptic and class_logits is not None:
         segment_map, segments = panoptic_inference(class_logits, mask_logits, is_thing, object_threshold,
                                                    overlap_threshold, size=original)
-    if class_logits is not None and size == original and (*scales, flip) == (1, False):
+    if inference == "panoptic":                                          # ids are 1, 2, .. in order
+        classes = [void_label(len(is_thing))] + [segment["category_id"] for segment in segments]
+        return torch.tensor(classes, device=segment_map.device)[segment_map.long()], segment_map, segments
+    if class_logits is not None and size == original and list(scales) == [1] and not flip:
         return semantic_map(class_logits, mask_logits), segment_map, segments
     for scale in scales:
         scaled = fit(original, int(test_short_side * scale), int(test_max_long_side * scale))
@@ -200,7 +203,7 @@ def predict(model, image, is_thing, test_short_side, test_max_long_side, object_
                 classes, scores = network_output(model, image, scaled, mirrored)
             if classes is not None:
                 scores = semantic_inference(classes[None], scores[None])[0]          # [K, h, w]
-            total = total + scores.flip(-1) if mirrored else scores
+            total = scores if not mirrored else total + scores.flip(-1)
         score_maps.append(total)
     return best_class(score_maps, original), segment_map, segments
 
@@ -209,23 +212,19 @@ def predict(model, image, is_thing, test_short_side, test_max_long_side, object_
 def evaluate(model, dataset, inference=None, save=None, workers=0, task="panoptic", **options):
     """Metrics of a model in eval mode -> {"mIoU", "fwIoU", "mACC", "pACC", "IoU": [K], "PQ", ..}; if truth,
     model or `task` has no instances, PQ_st alone: every class region is a segment (the paper's PQ^St). Every
-    image counts once, however many processes share the work. inference "panoptic": classes of pixels come
-    from the panoptic result, too (Table VII). save: a folder for predictions. options: those of `predict`."""
+    image counts once, however many processes share the work. save: a folder for predictions. inference and
+    options: those of `predict`."""
     (rank, world_size), annotations = process(), []
     K, void = len(dataset.classes), void_label(len(dataset.classes))
     instances = dataset.panoptic and task == "panoptic" and type(model) is MaskFormer
     panoptic = instances or inference == "panoptic"
-    if panoptic and type(model) is not MaskFormer:
-        raise UserError("--inference panoptic: the per-pixel baselines predict no segments")
+    check(model, inference, save, [path for path, _ in dataset.pairs])
     matrix = ConfusionMatrix(K, void)
     quality = PanopticQuality(K, dataset.is_thing if instances else [False] * K)
-    mine = range(rank, len(dataset), world_size)
-    loader = DataLoader(Subset(dataset, mine), batch_size=None, num_workers=workers)
+    loader = DataLoader(Subset(dataset, range(rank, len(dataset), world_size)), None, num_workers=workers)
     for image, segment_map, class_of, crowd, name in counter(loader, "evaluating"):
-        label, predicted, segments = predict(model, image, dataset.is_thing, panoptic=panoptic, **options)
-        if inference == "panoptic":                                      # ids are 1, 2, .. in order
-            class_of_id = torch.tensor([void] + [segment["category_id"] for segment in segments])
-            label = class_of_id.to(predicted.device)[predicted.long()]
+        label, predicted, segments = predict(model, image, dataset.is_thing, panoptic=panoptic,
+                                             inference=inference, **options)
         label = label.cpu()
         target = label_map(segment_map, class_of, void)
         matrix.update(label, target)
@@ -241,20 +240,18 @@ def evaluate(model, dataset, inference=None, save=None, workers=0, task="panopti
     return matrix.compute() | {k: v for k, v in quality.compute().items() if instances or k == "PQ_st"}
 
 
+def check(model, inference, save, images):
+    """UserError for what cannot be evaluated or saved."""
+    if inference == "panoptic" and type(model) is not MaskFormer:
+        raise UserError("--inference panoptic: the per-pixel baselines predict no segments")
+    if save and len({Path(path).stem for path in images}) < len(images):
+        raise UserError(f"--save {save}: some images have the same name; their results would, too")
+
+
 def class_regions(label, void=-1):
     """Classes of pixels [H, W] -> segment map of ids class + 1, 0 where void, and its segments, all stuff."""
     return torch.where(label == void, 0, label + 1), [
         {"id": k + 1, "category_id": k, "isthing": False} for k in label.unique().tolist() if k != void]
-
-
-def counter(items, text):
-    """Yields `items`; process 0 says every ten seconds how far it is."""
-    told = time.time()
-    for i, item in enumerate(items):
-        if process()[0] == 0 and time.time() - told > 10:
-            print(f"{text} {i}/{len(items)}", flush=True)
-            told = time.time()
-        yield item
 
 
 def single_numbers(metrics):
@@ -387,14 +384,14 @@ def load(source):
         model.load_state_dict(state.pop("model"))
         return model.eval(), state
     try:
-        model, name = load_official(source), Path(source).name
+        model = load_official(source)
     except ValueError as error:
         raise UserError(str(error)) from error
-    K, panoptic = model.num_classes, "panoptic" in name
+    K, panoptic = model.num_classes, isinstance(model, MaskFormer) and len(model.encoder.layers) > 0
     dataset = {19: "cityscapes", 65: "mapillary", 133: "coco-panoptic", 171: "coco-stuff-10k",
                847: "ade20k-full"}.get(K, "ade20k-panoptic" if panoptic else "ade20k")
-    values = dict(overlap_threshold=0.8, object_threshold=0.8)
-    values |= recipe(dataset, "swin_384" if "res640" in name else "")
+    large = model.backbone.nhwc and model.backbone.channels[0] > 96      # Swin-B or Swin-L
+    values = dict(overlap_threshold=0.8, object_threshold=0.8) | recipe(dataset, "swin_384" * large)
     config = dict(dataset=dataset, data_root=None, task="panoptic" if "panoptic" in dataset else "semantic")
     config |= {name: values[name] for name in TEST_OPTIONS}
     things = {133: range(80), 150: set(range(150)) - {value - 1 for value in ADE20K_STUFF}}.get(K, [])
@@ -423,17 +420,20 @@ def main(argv=None):
     model, state = load(args.checkpoint)
     config = state["config"] | {name: value for name, value in vars(args).items() if value is not None}
     options = dict(scales=args.scales, flip=args.flip, **{name: config[name] for name in TEST_OPTIONS})
-    model.to(device, memory_format=torch.channels_last)                  # a tenth faster
+    model.to(device, memory_format=torch.channels_last)                  # 0.91 of the time on two cores
     if args.images:
         numbers = list(range(model.num_classes))
         photos = SegmentationDataset([], state["classes"], state["is_thing"], None, numbers)
         folder, annotations = args.save or "predictions", []
-        for path in map(Path, args.images):
+        check(model, args.inference, folder, args.images)
+        panoptic = "panoptic" in (config["task"], args.inference)
+        for path in map(Path, args.images[process()[0]::process()[1]]):
             image = torch.from_numpy(read_image(path)).permute(2, 0, 1)
-            answer = predict(model, image, photos.is_thing, panoptic=any(photos.is_thing), **options)
+            answer = predict(model, image, photos.is_thing, panoptic=panoptic, inference=args.inference,
+                             **options)
             annotations += save_prediction(folder, path.stem, image, photos, *answer)
-            print(f"{path}: " + ", ".join(photos.classes[k] for k in answer[0].unique().tolist()))
-        return save_coco_json(folder, photos, annotations) if annotations else None
+            print(f"{path}: " + ", ".join(photos.classes[k] for k in answer[0].unique() if k < len(numbers)))
+        return save_coco_json(folder, photos, annotations) if panoptic else None
     drawn = {"num_classes": len(state["classes"])} if config["dataset"] == "shapes" else {}
     dataset = build_dataset(config["dataset"], config["data_root"], args.split, **drawn)
     if len(dataset.classes) != len(state["classes"]):
