@@ -10,7 +10,9 @@ import pytest
 import torch
 from exactness import LIMITS, measure
 
+import evaluate
 import pretrained
+from data import UserError
 from maskformer import MaskFormer, PerPixelBaseline, PerPixelBaselinePlus
 from pretrained import ZOO, build, download, load_official, official_to_ours, read_arrays, translate
 
@@ -315,3 +317,23 @@ def test_offline_the_error_names_the_address_and_the_place(tmp_path, monkeypatch
         load_official(CONFIG)
     assert f"{pretrained.ZOO_URL}/semantic-ade20k/{CONFIG}/model_final_1043f3.pkl" in str(error.value)
     assert str(tmp_path / "checkpoints" / f"{CONFIG}_1043f3.pkl") in str(error.value)
+
+
+@pytest.mark.parametrize("classes, options, dataset, side, threshold", [
+    (150, {}, "ade20k", 512, 0.8), (150, {"encoder_layers": 1}, "ade20k-panoptic", 640, 0.7),
+    (133, {}, "coco-panoptic", 800, 0.8), (19, {}, "cityscapes", 1024, 0.8)])
+def test_released_weights_are_tested_as_their_dataset_is_whatever_the_files_name(monkeypatch, classes, options, dataset,
+                                                                                 side, threshold):
+    small = dict(backbone="test_resnet", pretrained=False, num_queries=2, dim=32, decoder_layers=1)
+    monkeypatch.setattr(evaluate, "load_official", lambda source: MaskFormer(classes, **small, **options))
+    config = evaluate.load("model_final_123456.pkl")[1]["config"]
+    assert (config["dataset"], config["test_short_side"], config["object_threshold"]) == (dataset, side, threshold)
+    assert (config["task"] == "panoptic") == ("panoptic" in dataset)
+
+
+def test_results_of_images_with_the_same_name_would_overwrite_each_other():
+    model = PerPixelBaseline(3, backbone="test_resnet", pretrained=False, dim=32)
+    evaluate.check(model, None, None, ["a/1.jpg", "b/1.jpg"])
+    evaluate.check(model, None, "out", ["a/1.jpg", "b/2.jpg"])
+    with pytest.raises(UserError, match="same name"):
+        evaluate.check(model, None, "out", ["a/1.jpg", "b/1.jpg"])
