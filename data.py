@@ -61,7 +61,7 @@ RECIPES = {
     "voc": paper((512, 512), 512, HALF_TO_DOUBLE, 2048, 16, 40_000),
     "folder": paper((512, 512), 512, HALF_TO_DOUBLE, 2048, 16, 40_000),
     "panoptic": paper((640, 640), 640, HALF_TO_DOUBLE, 2560, 16, 40_000, object_threshold=0.7),
-    "shapes": paper((64, 96), 64, [], 96, 16, 700, short_side=[56, 64, 72], backbone="resnet10t",
+    "shapes": paper((64, 96), 64, [], 96, 16, 500, short_side=[56, 64, 72], backbone="resnet10t",
                     pretrained=False, queries=20, decoder_layers=3, dim=64, heads=4, ffn_dim=256, dropout=0.,
                     lr=2e-3, clip=0.1, warmup=20, color_distortion=False),
 }

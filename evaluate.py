@@ -197,14 +197,15 @@ def predict(model, image, is_thing, test_short_side, test_max_long_side, object_
         return semantic_map(class_logits, mask_logits), segment_map, segments
     for scale in scales:
         scaled = fit(original, int(test_short_side * scale), int(test_max_long_side * scale))
+        both = []
         for mirrored in (False, True)[:1 + flip]:
             classes, scores = class_logits, mask_logits
             if mirrored or scaled != size:
                 classes, scores = network_output(model, image, scaled, mirrored)
             if classes is not None:
                 scores = semantic_inference(classes[None], scores[None])[0]          # [K, h, w]
-            total = scores if not mirrored else total + scores.flip(-1)
-        score_maps.append(total)
+            both.append(scores.flip(-1) if mirrored else scores)
+        score_maps.append(sum(both[1:], both[0]))
     return best_class(score_maps, original), segment_map, segments
 
 
@@ -225,8 +226,7 @@ def evaluate(model, dataset, inference=None, save=None, workers=0, task="panopti
     for image, segment_map, class_of, crowd, name in counter(loader, "evaluating"):
         label, predicted, segments = predict(model, image, dataset.is_thing, panoptic=panoptic,
                                              inference=inference, **options)
-        label = label.cpu()
-        target = label_map(segment_map, class_of, void)
+        label, target = label.cpu(), label_map(segment_map, class_of, void)
         matrix.update(label, target)
         if instances:
             truth = [{"id": i, "category_id": c, "iscrowd": i in crowd} for i, c in class_of.items()]
