@@ -41,7 +41,10 @@ def command(main):
         if dist.is_initialized():
             dist.destroy_process_group()
         raise SystemExit(code)
-    except (UserError, OSError, dist.DistNetworkError, torch.OutOfMemoryError) as error:
+    except dist.DistNetworkError as error:                               # nobody to count who is first
+        print("error: " + one_line(error), file=sys.stderr, flush=True)
+        leave(2)
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
         text, code = "error: " + one_line(error), 2
     except KeyboardInterrupt:
         text, code = "interrupted", 130
@@ -72,14 +75,12 @@ def one_line(error):
 
 def is_first_to_fail():
     """The other processes then fail because they miss its answers; torchrun's store counts."""
-    if "RANK" not in os.environ:
-        return True
     try:
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
                               timeout=datetime.timedelta(seconds=10))
         return store.add(f"failed in attempt {ATTEMPT}", 1) == 1
-    except RuntimeError:                                                 # no store, nobody to count with
-        return os.environ["RANK"] == "0"
+    except (KeyError, RuntimeError):                                     # no torchrun, or its store is gone
+        return os.environ.get("RANK", "0") == "0"
 
 
 class Flags(argparse.ArgumentParser):
@@ -205,8 +206,7 @@ def read_checkpoint(path):
             state = torch.load(file, map_location="cpu", weights_only=True)
             return {name: state[name] for name in ("model", "config", "classes", "is_thing", "step")} | state
         except Exception as error:                                       # a broken file can raise anything
-            raise UserError(f"{path} is no whole checkpoint of train.py ({type(error).__name__}): take "
-                            "another")
+            raise UserError(f"{path} is no whole checkpoint of train.py ({error!r:.60}): take another")
 
 
 # ---------------------------------------------------------------------------------------- download

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -272,3 +273,15 @@ def test_the_script_tells_a_bad_flag_in_one_line():
     result = subprocess.run([sys.executable, ROOT / "train.py", "--workers", "-1"], capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "error: argument --workers: -1 is not 0 or more; --help shows all flags\n"
+
+
+def test_a_port_that_is_taken_is_told(tmp_path):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        place = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        run = subprocess.run([sys.executable, "train.py", "--output", tmp_path / "run"], cwd=ROOT,
+                             env=os.environ | place, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2 and port in run.stderr.splitlines()[-1] and "in use" in run.stderr.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
