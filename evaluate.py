@@ -219,7 +219,7 @@ def evaluate(model, dataset, inference=None, save=None, workers=0, task="panopti
     K, void = len(dataset.classes), void_label(len(dataset.classes))
     instances = dataset.panoptic and task == "panoptic" and type(model) is MaskFormer
     panoptic = instances or inference == "panoptic"
-    check(model, inference, save, [path for path, _ in dataset.pairs])
+    check(model, inference, save, [path for path, _ in dataset.pairs] if save else [])
     matrix = ConfusionMatrix(K, void)
     quality = PanopticQuality(K, dataset.is_thing if instances else [False] * K)
     loader = DataLoader(Subset(dataset, range(rank, len(dataset), world_size)), None, num_workers=workers)
