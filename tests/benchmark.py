@@ -1,6 +1,6 @@
 """How fast and how large this code is, beside transformers' MaskFormer on the same work in the same run.
 
-    python tests/benchmark.py --quick                       # some three minutes on two cores
+    python tests/benchmark.py --quick                       # R50, 10 segments: some minutes on two cores
     python tests/benchmark.py --json numbers.json           # all; on a GPU if there is one
     python tests/benchmark.py --only loss memory --segments 10 100
 
