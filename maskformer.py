@@ -46,8 +46,8 @@ class Backbone(nn.Module):
     def forward(self, images):                                           # [B, 3, H, W], RGB 0..255
         features = self.body((images.float() - self.mean) / self.std)
         features = [features[i] for i in self.kept]
-        if self.nhwc:
-            features = [norm(x).permute(0, 3, 1, 2) for norm, x in zip(self.norms, features)]
+        if self.nhwc:                                    # contiguous: a step is a fifth shorter so (CPU)
+            features = [norm(x).permute(0, 3, 1, 2).contiguous() for norm, x in zip(self.norms, features)]
         return features                                                  # four of [B, C, H/stride, W/stride]
 
 
