@@ -15,8 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from data import label_map
-from run import process
+from data import label_map, resized
 
 
 # ---------------------------------------------------------------------------------------- augmentation
@@ -24,8 +23,7 @@ class Augmentation:
     """Appendix A: random short side, crop, flip, color distortion; padding at the right and the bottom."""
 
     def __init__(self, short_side, max_long_side, crop, color_distortion=True):
-        self.crop = crop
-        self.resize = v2.RandomShortestSize(short_side, max_long_side)
+        self.short_side, self.max_long_side, self.crop = short_side, max_long_side, crop
         # NOTE 7: the released code distorts colors as SSD does; here brightness is a factor, not a sum, and
         # the order is always this one. (v2.RandomPhotometricDistort would also shuffle channels.)
         # On Pillow images: their 8-bit hue takes a third of the time of torchvision's on tensors.
@@ -36,7 +34,7 @@ class Augmentation:
         self.flip = v2.RandomHorizontalFlip()
 
     def __call__(self, image, segment_map):
-        image, segment_map = self.resize(tv_tensors.Image(image), tv_tensors.Mask(segment_map))
+        image, segment_map = resized(image, segment_map, one_of(self.short_side), self.max_long_side)
         crop = v2.RandomCrop([min(side, most) for side, most in zip(image.shape[-2:], self.crop)])
         image, segment_map = self.flip(crop(image, segment_map))
         return pad_to(self.distort(image), self.crop, 128), pad_to(segment_map, self.crop, 0)
@@ -46,22 +44,19 @@ class DetrAugmentation:
     """DETR's, for COCO: a flip, then a resize; half the time a crop before it. `collate` pads."""
 
     def __init__(self, short_side, max_long_side):
-        self.flip, self.before_crop = v2.RandomHorizontalFlip(), v2.RandomShortestSize([400, 500, 600])
-        self.resize = v2.RandomShortestSize(short_side, max_long_side)
+        self.short_side, self.max_long_side, self.flip = short_side, max_long_side, v2.RandomHorizontalFlip()
 
     def __call__(self, image, segment_map):
         image, segment_map = self.flip(tv_tensors.Image(image), tv_tensors.Mask(segment_map))
         if torch.rand(()) < 0.5:
-            image, segment_map = self.before_crop(image, segment_map)
+            image, segment_map = resized(image, segment_map, one_of([400, 500, 600]))
             size = [int(torch.randint(min(384, side), min(600, side) + 1, ())) for side in image.shape[-2:]]
             image, segment_map = v2.RandomCrop(size)(image, segment_map)
-        return self.resize(image, segment_map)
+        return resized(image, segment_map, one_of(self.short_side), self.max_long_side)
 
 
-def fit(size, short_side, max_long_side):
-    """(H, W) -> (H, W) with that short side, or that long side if it would get longer."""
-    scale = min(short_side / min(size), max_long_side / max(size))
-    return [max(1, int(side * scale + 0.5)) for side in size]
+def one_of(values):
+    return values[int(torch.randint(len(values), ()))]
 
 
 def pad_to(x, size, value):
@@ -166,11 +161,3 @@ def training_batches(samples, sampler, workers, device):
     return iter(DataLoader(samples, batch_sampler=sampler, collate_fn=collate, num_workers=workers,
                            pin_memory=device.type == "cuda", persistent_workers=workers > 0,
                            prefetch_factor=4 if workers else None))
-
-
-def counter(items, text):
-    """Yields `items`; process 0 says after every hundred how far it is."""
-    for i, item in enumerate(items):
-        if process()[0] == 0 and i % 100 == 0 and i > 0:
-            print(f"{text} {i}/{len(items)}", flush=True)
-        yield item

@@ -270,7 +270,8 @@ def ade20k_full(root, split):
         index = ArrayUnpickler(file).load()
     no_part = np.asarray(index["objectPresence"]) > np.asarray(index["objectIsPart"])    # [objects, images]
     training = np.array(["training" in name.split("/") for name in index["folder"]])
-    kept = no_part[:, training].any(1) & no_part[:, ~training].any(1)    # the 847 that both splits have
+    # The 847 that both splits have, in the index's order; released weights may have been trained in another.
+    kept = no_part[:, training].any(1) & no_part[:, ~training].any(1)
     values = (np.flatnonzero(kept) + 1).tolist()
     names = [index["objectnames"][value - 1] for value in values]
     images = root / "images" / "ADE" / PARTS[split]
@@ -392,9 +393,15 @@ def read_panoptic_png(annotation, folder, class_of_id):
     return segment_map.astype(np.uint8 if len(segments) <= 255 else np.int32), class_of, crowd
 
 
-def resized(image, segment_map, short_side, max_long_side=None):
-    """Both as for a test; nothing is random."""
-    resize = v2.RandomShortestSize([short_side], max_long_side)
+def fit(size, short_side, max_long_side=math.inf):
+    """(H, W) -> (H, W) with that short side, or that long side if it would get longer."""
+    scale = min(short_side / min(size), max_long_side / max(size))
+    return [max(1, int(side * scale + 0.5)) for side in size]
+
+
+def resized(image, segment_map, short_side, max_long_side=math.inf):
+    """-> both, with sides as `fit` tells; the ids of segments stay what they are."""
+    resize = v2.Resize(fit(image.shape[-2:], short_side, max_long_side))
     return resize(tv_tensors.Image(image), tv_tensors.Mask(segment_map))
 
 
@@ -402,7 +409,7 @@ def label_map(segment_map, class_of, void):
     """Segments -> classes of pixels [H, W] int64, `void` where no segment is."""
     table = torch.full((int(segment_map.max()) + 1,), void)
     for i, label in class_of.items():
-        table[i:i + 1] = label
+        table[i:i + 1] = label                                           # a slice: i may not be in the map
     return table[segment_map.long()]
 
 

@@ -18,13 +18,12 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.v2.functional import resize, to_pil_image
 from torchvision.utils import draw_segmentation_masks
 
-from batches import counter, fit
-from data import (ADE20K_STUFF, DATASETS, SegmentationDataset, UserError, build_dataset, label_map,
+from data import (ADE20K_STUFF, DATASETS, SegmentationDataset, UserError, build_dataset, fit, label_map,
                   read_image, recipe, void_label)
 from maskformer import (MaskFormer, PerPixelBaseline, PerPixelBaselinePlus, panoptic_inference,
                         semantic_inference)
 from pretrained import load_official
-from run import Flags, command, process, read_checkpoint, start_process
+from run import Flags, command, counter, rank, read_checkpoint, start_process, world_size
 
 PIXELS_AT_ONCE = 2 ** 13, 2 ** 20     # that get their classes, on a CPU (its cache) and a GPU
 TEST_OPTIONS = ("test_short_side", "test_max_long_side", "object_threshold", "overlap_threshold")
@@ -128,7 +127,7 @@ def compact(segment_map, segments):
 def sum_over_processes(counts):
     """A CPU tensor, summed over all processes."""
     total = counts.clone()
-    if process()[1] > 1:
+    if world_size() > 1:
         dist.all_reduce(total)
     return total
 
@@ -171,7 +170,7 @@ def best_class(score_maps, size):
     best, label = torch.tensor(-torch.inf), torch.tensor(0)
     for start in range(0, len(score_maps[0]), 8):
         few = (upsample(scores[start:start + 8], size) for scores in score_maps)
-        score, index = sum(few, next(few)).max(0)
+        score, index = sum(few, next(few)).max(0)                        # begun with 0, it would copy
         label = torch.where(score > best, index + start, label)
         best = torch.maximum(score, best)
     return label
@@ -215,14 +214,14 @@ def evaluate(model, dataset, inference=None, save=None, workers=0, task="panopti
     model or `task` has no instances, PQ_st alone: every class region is a segment (the paper's PQ^St). Every
     image counts once, however many processes share the work. save: a folder for predictions. inference and
     options: those of `predict`."""
-    (rank, world_size), annotations = process(), []
     K, void = len(dataset.classes), void_label(len(dataset.classes))
     instances = dataset.panoptic and task == "panoptic" and type(model) is MaskFormer
     panoptic = instances or inference == "panoptic"
     check(model, inference, save, [path for path, _ in dataset.pairs] if save else [])
     matrix = ConfusionMatrix(K, void)
     quality = PanopticQuality(K, dataset.is_thing if instances else [False] * K)
-    loader = DataLoader(Subset(dataset, range(rank, len(dataset), world_size)), None, num_workers=workers)
+    mine, annotations = range(rank(), len(dataset), world_size()), []
+    loader = DataLoader(Subset(dataset, mine), None, num_workers=workers)
     for image, segment_map, class_of, crowd, name in counter(loader, "evaluating"):
         label, predicted, segments = predict(model, image, dataset.is_thing, panoptic=panoptic,
                                              inference=inference, **options)
@@ -297,10 +296,10 @@ def save_prediction(folder, name, image, dataset, label, segment_map, segments):
 
 def save_coco_json(folder, dataset, annotations):
     """Writes panoptic.json in COCO's format with the annotations of all processes."""
-    parts = [annotations] * process()[1]
-    if process()[1] > 1:
+    parts = [annotations] * world_size()
+    if world_size() > 1:
         dist.all_gather_object(parts, annotations)
-    if process()[0] == 0:
+    if rank() == 0:
         categories = [{"id": i, "name": name, "isthing": int(thing)} for i, name, thing in
                       zip(dataset.category_ids, dataset.classes, dataset.is_thing)]
         content = json.dumps({"annotations": sum(parts, []), "categories": categories})
@@ -390,8 +389,8 @@ def load(source):
     K, panoptic = model.num_classes, isinstance(model, MaskFormer) and len(model.encoder.layers) > 0
     dataset = {19: "cityscapes", 65: "mapillary", 133: "coco-panoptic", 171: "coco-stuff-10k",
                847: "ade20k-full"}.get(K, "ade20k-panoptic" if panoptic else "ade20k")
-    large = model.backbone.nhwc and model.backbone.channels[0] > 96      # Swin-B or Swin-L
-    values = dict(overlap_threshold=0.8, object_threshold=0.8) | recipe(dataset, "swin_384" * large)
+    backbone = "swin_384" if model.backbone.nhwc and model.backbone.channels[0] > 96 else ""     # Swin-B, -L
+    values = dict(overlap_threshold=0.8, object_threshold=0.8) | recipe(dataset, backbone)
     config = dict(dataset=dataset, data_root=None, task="panoptic" if "panoptic" in dataset else "semantic")
     config |= {name: values[name] for name in TEST_OPTIONS}
     things = {133: range(80), 150: set(range(150)) - {value - 1 for value in ADE20K_STUFF}}.get(K, [])
@@ -426,8 +425,8 @@ def main(argv=None):
         photos = SegmentationDataset([], state["classes"], state["is_thing"], None, numbers)
         folder, annotations = args.save or "predictions", []
         check(model, args.inference, folder, args.images)
-        panoptic = "panoptic" in (config["task"], args.inference)
-        for path in map(Path, args.images[process()[0]::process()[1]]):
+        panoptic = type(model) is MaskFormer and "panoptic" in (config["task"], args.inference)
+        for path in map(Path, args.images[rank()::world_size()]):
             image = torch.from_numpy(read_image(path)).permute(2, 0, 1)
             answer = predict(model, image, photos.is_thing, panoptic=panoptic, inference=args.inference,
                              **options)
@@ -440,7 +439,7 @@ def main(argv=None):
         raise UserError(f"{args.checkpoint} has {len(state['classes'])} classes, the dataset "
                         f"{len(dataset.classes)}: take the --dataset and --data-root it was trained on")
     metrics = evaluate(model, dataset, args.inference, args.save, args.workers, config["task"], **options)
-    if process()[0] == 0:
+    if rank() == 0:
         print(table_of_classes(metrics, dataset.classes))
         if args.save:
             save_metrics(Path(args.save) / "metrics.json", metrics, dataset.classes)

@@ -45,8 +45,8 @@ def mask_classification_loss(class_logits, mask_logits, labels, masks, matches, 
 def mask_terms(mask_logits, masks, matches):
     """Focal and dice loss, each summed over the M pairs.
 
-    A few pairs at a time: their gradients are taken at once and kept at the logits' size, so that nothing of
-    full size waits for the backward pass or is computed again in it.
+    A few pairs at a time: their gradients are taken right away and kept at the logits' size, so that nothing
+    of full size waits for the backward pass or is computed again in it.
     """
     layer, image, query, segment = matches
     matched = mask_logits[layer, image, query].float()                   # [M, h, w]
@@ -54,8 +54,8 @@ def mask_terms(mask_logits, masks, matches):
                      for n, size in zip(matched.shape[1:], masks.shape[1:]))
     pairs_at_once = max(1, PIXELS_AT_ONCE[masks.is_cuda] // masks.shape[1:].numel())
     terms, gradients = matched.new_zeros(2), matched.new_empty(2, *matched.shape)
-    chunks = (matched.detach(), segment, *gradients)
-    for logits, s, *gradient in zip(*(x.split(pairs_at_once) for x in chunks)):
+    by_pair = (matched.detach(), segment, *gradients)
+    for logits, s, *gradient in zip(*(x.split(pairs_at_once) for x in by_pair)):     # m pairs
         with torch.enable_grad(), torch.autocast(logits.device.type, enabled=False):
             x = (rows @ logits.requires_grad_() @ columns.T).flatten(1)  # [m, P]
             t = masks[s].flatten(1).float()                              # [m, P]

@@ -4,7 +4,7 @@ MaskFormer answers an image with Q pairs: a class distribution over K + 1 labels
 object", and a binary mask. Two per-pixel baselines share its parts.
 
 Letters   B images · L decoder layers · Q queries · K classes · D channels of every embedding
-          H W image size · h w = H/4 W/4 · n kept segments
+          H W image size · h w = H/4 W/4 · T thing classes · n masks returned
 Paper     N is our Q · C_E and C_Q are our D · Q (script) is `segment_embed` · E_pixel is `pixel_embed`
 
     model = MaskFormer(num_classes=150, backbone="resnet50", pretrained=False).eval()
@@ -52,7 +52,10 @@ class Backbone(nn.Module):
 
 
 def create_body(name, pretrained):
-    """timm's model as the paper uses it."""
+    """timm's model as the paper uses it; the tags name the ImageNet weights that the paper starts from."""
+    tags = {"resnet50": "tv_in1k", "resnet101": "tv_in1k", "swin_small_patch4_window7_224": "ms_in1k",
+            "swin_base_patch4_window12_384": "ms_in22k", "swin_large_patch4_window12_384": "ms_in22k"}
+    name += f".{tags[name]}" if name in tags else ""                     # for all others timm's choice
     if name.startswith("swin_"):                                         # any input size
         body = timm.create_model(name, pretrained, features_only=True, drop_path_rate=0.3,
                                  strict_img_size=False, always_partition=True)
@@ -61,7 +64,9 @@ def create_body(name, pretrained):
             if isinstance(module, SwinTransformerBlock):
                 module.__class__ = PadFirstSwinBlock
         return body
-    if name == "resnet101c":     # NOTE 1: the released R101c has a wider stem and a dilated last stage
+    if name.split(".")[0] == "resnet101c":           # NOTE 1: its stem is wider, its last stage dilated
+        if pretrained:
+            raise ValueError("timm has no weights for this stem: use --no-pretrained, or --init WEIGHTS")
         body = timm.create_model(name, pretrained, features_only=True, stem_width=64)
         for block, dilation in zip(body.layer4, (1, 2, 4)):
             block.conv2.dilation = block.conv2.padding = (dilation, dilation)
@@ -89,9 +94,7 @@ class PixelDecoder(nn.Module):
         self.project = nn.ModuleList(conv_norm(c, dim, 1) for c in reversed(finer))
         self.fuse = nn.ModuleList(conv_norm(dim, dim, 3, nn.ReLU()) for _ in finer)
         self.to_pixel_embed = nn.Conv2d(dim, dim, 3, padding=1)          # NOTE 3: 1x1 in Sec. 4.1
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                init_conv(module)
+        self.apply(init_conv)
 
     def forward(self, features):
         *finer, coarsest = features
@@ -107,10 +110,11 @@ def conv_norm(in_channels, out_channels, kernel, *activation):
     return nn.Sequential(conv, nn.GroupNorm(32, out_channels), *activation)
 
 
-def init_conv(conv):
-    nn.init.kaiming_uniform_(conv.weight, a=1)
-    if conv.bias is not None:
-        nn.init.zeros_(conv.bias)
+def init_conv(module):
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_uniform_(module.weight, a=1)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 # ---------------------------------------------------------------------------------------- transformer
@@ -191,7 +195,7 @@ class MaskFormer(nn.Module):
         memory_pos = sine_position(*image_features.shape[-2:], memory.shape[-1], memory.device)
         for layer in self.encoder.layers:
             memory = layer(memory, memory_pos)
-        if len(self.encoder.layers):                                     # the FPN starts from it too
+        if len(self.encoder.layers):                                     # the FPN, too, starts from it
             features[-1] = memory.transpose(1, 2).reshape(image_features.shape)
         pixel_embed = self.pixel_decoder(features)                       # [B, D, h, w]
         return self.decode(memory, memory_pos).float(), pixel_embed.float()
@@ -224,10 +228,8 @@ class PerPixelBaseline(nn.Module):
 
 
 class PerPixelBaselinePlus(MaskFormer):
-    """Sec. 4, PerPixelBaseline+: MaskFormer without class head; mask k holds the scores of class k.
-
-    images [B, 3, H, W] -> pixel_logits [L, B, K, h, w]. MaskFormer's arguments but `num_queries`, which is K.
-    """
+    """Sec. 4, PerPixelBaseline+: MaskFormer without class head; mask k holds the scores of class k. images
+    [B, 3, H, W] -> pixel_logits [L, B, K, h, w]. MaskFormer's arguments but `num_queries`, which is K."""
 
     def __init__(self, num_classes, backbone="resnet50", pretrained=True, size_divisibility=0, **options):
         super().__init__(num_classes, backbone, pretrained, num_queries=num_classes,
@@ -253,9 +255,8 @@ def panoptic_inference(class_logits, mask_logits, is_thing, object_threshold=0.8
 
     class_logits [Q, K+1], mask_logits [Q, H, W], is_thing [K] bool -> segment_map [H, W] int32, 0 where void,
     and segments [{"id", "category_id", "isthing", "score"}], ids 1, 2, ... in the order of the queries.
-    object_threshold: least class probability of a query; overlap_threshold: least visible share of its mask;
-    size: H, W that masks are resized to, one by one.
-    """
+    object_threshold: a query's probability is above it; overlap_threshold: least visible share of its mask;
+    size: H, W that masks are resized to, one by one."""
     score, label = class_logits.softmax(-1).max(-1)                      # [Q]
     keep = (label < len(is_thing)) & (score > object_threshold)
     score, label, mask_logits = score[keep], label[keep], mask_logits[keep].float()
@@ -273,8 +274,7 @@ def panoptic_inference(class_logits, mask_logits, is_thing, object_threshold=0.8
     for i, (c, p, area) in enumerate(zip(label.tolist(), score.tolist(), whole.tolist())):
         if visible[i] == 0 or area == 0 or visible[i] / area < overlap_threshold:
             continue
-        same_stuff = (s for s in segments if s["category_id"] == c and not s["isthing"])     # becomes one
-        segment = next(same_stuff, None)
+        segment = next((s for s in segments if s["category_id"] == c and not s["isthing"]), None)  # of stuff
         if segment is None:
             segment = {"id": len(segments) + 1, "category_id": c, "isthing": bool(is_thing[c]), "score": p}
             segments.append(segment)

@@ -36,7 +36,7 @@ def hungarian_match(class_logits, mask_logits, labels, masks, owner,
     for b, segments in enumerate(mine):
         segments = segments.to(small.device, non_blocking=True)
         x, t = mask_logits[:, b].flatten(2).float(), small[segments]     # [L, Q, P], [n, P]
-        prob = class_prob[:, b, :, :-1][..., labels[segments]]           # [L, Q, n]
+        prob = class_prob[:, b, :, :-1][..., labels[segments]]           # [L, Q, n]; label K: an IndexError
         with torch.autocast(x.device.type, enabled=False):
             cost = (focal_weight * pairwise_focal(x, t) + dice_weight * pairwise_dice(x, t)
                     - class_weight * prob)                               # [L, Q, n]

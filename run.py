@@ -3,7 +3,7 @@
 A run may end at any moment, by kill -9, too: its last checkpoint is whole, and --output DIR --resume goes on
 from there. SIGTERM or SIGUSR1 (a cluster wants its machine back) end it after its next step, saved.
 
-Exit codes   0 done · 1 a bug, with its traceback · 2 something to mend, in one line · 75 ended by a signal
+Exit codes   0 done · 1 a bug (traceback) · 2 something to mend (one line) · 75 ended by a signal · 130 Ctrl-C
 """
 import argparse
 import contextlib
@@ -119,22 +119,33 @@ def start_process():
             raise UserError(f"--nproc-per-node: there are only {torch.cuda.device_count()} GPUs here")
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        store, rank, world_size = next(dist.rendezvous("env://"))
+        store, number, count = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"attempt {ATTEMPT}", store)            # without addresses of the one before
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"      # CPU tensors wait for no GPU
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        dist.init_process_group(backend, store=store, rank=number, world_size=count)
     return device
 
 
-def process():
-    """-> rank of this process, number of processes."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0               # the number of this process
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1         # how many processes there are
 
 
 def average_over_processes(value):
-    if process()[1] > 1:
+    if world_size() > 1:
         dist.all_reduce(value)
-    return value / process()[1]
+    return value / world_size()
+
+
+def counter(items, text):
+    """Yields `items`; process 0 says after every hundred how far it is."""
+    for i, item in enumerate(items):
+        if rank() == 0 and i % 100 == 0 and i > 0:
+            print(f"{text} {i}/{len(items)}", flush=True)
+        yield item
 
 
 def hear_signals():
@@ -155,12 +166,10 @@ def hear_signals():
 # ---------------------------------------------------------------------------------------- the folder
 def start_folder(args, first):
     """Makes the folder of a run and config.json: every flag, the versions, the git revision. -> its path.
-
-    The log is cut behind step `first`: what a killed run did after its last checkpoint is done again.
-    """
+    The log is cut behind step `first`: what a killed run did after its last checkpoint is done again."""
     numbers = (f"runs/{args.dataset}-{number:03d}" for number in range(1, 1000))
     folder = Path(args.output or next(path for path in numbers if not Path(path).exists()))
-    if process()[0] > 0:
+    if rank() > 0:
         return folder                                                    # in which process 0 alone writes
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -170,12 +179,23 @@ def start_folder(args, first):
     with contextlib.suppress(OSError):                                   # no git here
         git = subprocess.run(describe, capture_output=True, text=True, cwd=Path(__file__).parent).stdout
     versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "timm", "scipy")}
-    content = vars(args) | {"versions": versions, "git": git and git.strip(), "processes": process()[1]}
+    content = vars(args) | {"versions": versions, "git": git and git.strip(), "processes": world_size()}
     write_whole(folder / "config.json", json.dumps(content, indent=1) + "\n")
     if (log := folder / "log.jsonl").exists():
         rows = [row for row in log.read_text().splitlines() if row.endswith("}")]        # the last may be cut
-        write_whole(log, "".join(f"{row}\n" for row in rows if json.loads(row)["step"] <= first))
+        kept = [row for row in rows if (json.loads(row)["step"], '"mIoU"' in row) < (first, True)]
+        write_whole(log, "".join(f"{row}\n" for row in kept))           # it is tested at `first` again
     return folder
+
+
+def earlier_flags(folder):
+    """-> {flag: value} of the run in this folder, by its config.json; {} if there is none."""
+    path = Path(folder, "config.json")
+    try:
+        content = json.loads(path.read_text()) if path.exists() else {}
+        return {name: content[name] for name in content.keys() - {"versions", "git", "processes"}}
+    except (AttributeError, ValueError) as error:
+        raise UserError(f"{path} is not as it was written ({error}): remove it and give all flags") from error
 
 
 def log_row(folder, row):

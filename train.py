@@ -26,8 +26,8 @@ from evaluate import (TEST_OPTIONS, build_model, draw_predictions, draw_queries,
                       single_numbers, table_of_classes)
 from losses import mask_classification_loss, per_pixel_loss
 from matcher import fixed_match, hungarian_match
-from run import (STOPPED, Flags, average_over_processes, command, download, hear_signals, log_row, process,
-                 read_checkpoint, start_folder, start_process, write_whole)
+from run import (STOPPED, Flags, average_over_processes, command, download, earlier_flags, hear_signals,
+                 log_row, rank, read_checkpoint, start_folder, start_process, world_size, write_whole)
 
 AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NUMBERS = dict(                                       # flags that take a number; the paper's are the defaults
@@ -63,14 +63,15 @@ def parse(argv=None):
     add("--amp", default="auto", choices=["auto", *AMP], help="auto: bf16 on GPUs that have it")
     add("--compile", action="store_true")
     add("--output", metavar="DIR", help="default: the next free runs/DATASET-001")
-    add("--resume", action="store_true", help="continue from DIR/last.pt if it is there")
+    add("--resume", action="store_true", help="continue from DIR/last.pt with DIR's flags and those given")
     add("--overfit", type=int, metavar="N", help="first aid: learn and test N images as they are")
     for name in ("batch_size", "steps", "max_long_side", "test_short_side", "test_max_long_side"):
         add("--" + name.replace("_", "-"), type=int, metavar="N", help="default: as the recipe says")
     for name, default in NUMBERS.items():
         add("--" + name.replace("_", "-"), type=type(default), metavar="N", help=f"{default} or the recipe's")
     chosen, _ = parser.parse_known_args(argv)                            # for the defaults of all others
-    parser.set_defaults(**NUMBERS | recipe(chosen.dataset, chosen.backbone))
+    earlier = earlier_flags(chosen.output) if chosen.resume and chosen.output else {}
+    parser.set_defaults(**NUMBERS | recipe(chosen.dataset, chosen.backbone) | earlier)
     args = parser.parse_args(argv)
     args.freeze_bn = args.pretrained if args.freeze_bn is None else args.freeze_bn
     if args.backbone_lr_factor is None:
@@ -82,16 +83,17 @@ def parse(argv=None):
 
 def check(args):
     """UserError for flags that contradict one another; nothing has been read or written yet."""
-    used, world_size = args.output and Path(args.output, "config.json").exists(), process()[1]
+    used = args.output and Path(args.output, "config.json").exists()
     mistakes = [
         (args.resume and not args.output, "--resume needs the --output to continue"),
         (used and not args.resume, f"{args.output} holds a run: choose another --output, or add --resume"),
-        (args.batch_size % (world_size * args.accumulate),
-         f"--batch-size {args.batch_size} is not divisible by {world_size} processes x --accumulate "
+        (args.batch_size % (world_size() * args.accumulate),
+         f"--batch-size {args.batch_size} is not divisible by {world_size()} processes x --accumulate "
          f"{args.accumulate}"),
         (args.dim % 32 or args.dim % args.heads,
          f"--dim {args.dim} is not divisible by 32 and by --heads {args.heads}"),
-        (args.num_classes and args.dataset != "shapes", "--num-classes is for --dataset shapes alone"),
+        (args.num_classes and args.dataset != "shapes" and not used,     # there config.json tells it
+         "--num-classes is for --dataset shapes alone"),
         (args.augmentation == "crop" and not args.crop, "--augmentation crop needs a --crop H W")]
     for made, message in mistakes:
         if made:
@@ -153,10 +155,10 @@ def training_step(step, batches, model, optimizer, scaler, args):
     """Sec. 4.2: one step on `--accumulate` batches -> the scalars of `compute_loss` and grad_norm."""
     for group in optimizer.param_groups:
         group["lr"] = group["rate"] * lr_factor(step, args)
-    torch.manual_seed(seed_of(args.seed, step, process()[0]))            # dropout, too, is known by the step
+    torch.manual_seed(seed_of(args.seed, step, rank()))                  # dropout, too, is known by the step
     count, sums, device = target_count(batches, args), {}, batches[0].images.device
     for batch in batches:
-        wait = process()[1] > 1 and batch is not batches[-1]             # DDP adds up in the last pass
+        wait = world_size() > 1 and batch is not batches[-1]             # DDP adds up in the last pass
         with model.no_sync() if wait else contextlib.nullcontext():
             with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
                 output = model(batch.images)
@@ -193,7 +195,7 @@ def write_log(folder, args, step, terms, seconds, data_seconds):
     means = average_over_processes(means).tolist()
     if not all(map(math.isfinite, means[:-1] if args.amp == "fp16" else means)):     # fp16 may skip a step
         raise FloatingPointError("the loss or its gradient is not finite")
-    if process()[0] > 0:
+    if rank() > 0:
         return
     means = {name: round(mean, 5) for name, mean in zip(names, means) if math.isfinite(mean)}
     row = {"step": step} | means | {
@@ -209,12 +211,12 @@ def write_log(folder, args, step, terms, seconds, data_seconds):
 def load_datasets(args):
     """-> training samples, held-out images; completes `args` by the number of classes and the task."""
     if args.download:                                                    # process 0 does, the others wait
-        day = dist.new_group(timeout=datetime.timedelta(days=1), backend="gloo") if process()[1] > 1 else None
-        if process()[0] == 0:
+        patient = world_size() > 1 and dist.new_group(timeout=datetime.timedelta(days=1), backend="gloo")
+        if rank() == 0:
             download(args.dataset, args.data_root)
-        if day:
-            dist.barrier(day)
-    options = {"num_classes": args.num_classes} if args.num_classes else {}
+        if patient:
+            dist.barrier(patient)
+    options = {"num_classes": args.num_classes} if args.num_classes and args.dataset == "shapes" else {}
     train_set, test_set = (build_dataset(args.dataset, args.data_root, split, **options)
                            for split in ("train", "val"))
     augment = DetrAugmentation(args.short_side, args.max_long_side)
@@ -233,19 +235,19 @@ def load_datasets(args):
 
 def save_checkpoint(path, parts, step, best, args, dataset):
     """All that a resumed run needs; process 0 writes it."""
-    if process()[0] == 0:
+    if rank() == 0:
         state = {name: part.state_dict() for name, part in parts.items()}
         write_whole(path, state | dict(step=step, best=best, seed=args.seed, config=vars(args),
                                        classes=dataset.classes, is_thing=dataset.is_thing))
 
 
-def hold_out(model, test_set, folder, step, args):
+def test(model, test_set, folder, step, args):
     """Evaluates -> metrics; writes metrics.json and a line of log.jsonl, draws the two pictures."""
     options = {name: getattr(args, name) for name in TEST_OPTIONS}
-    for buffer in model.buffers() if process()[1] > 1 else []:           # statistics of batch norms
+    for buffer in model.buffers() if world_size() > 1 else []:           # statistics of batch norms
         dist.broadcast(buffer, 0)
     metrics = evaluate(model.eval(), test_set, workers=args.workers, task=args.task, **options)
-    if process()[0] == 0:
+    if rank() == 0:
         draw_predictions(model, test_set, folder / "predictions.png", **options)
         if args.model == "maskformer":
             draw_queries(model, test_set, folder / "queries.png", **options)
@@ -264,8 +266,9 @@ def prepare(args, device, classes):
     model = build_model(vars(args), args.num_classes, args.pretrained and not args.init and not last)
     if args.init and not last:
         skipped = start_from(model, args.init)
-        print(f"starts from {args.init}; skipped: {', '.join(skipped) or 'nothing'}")
-    if device.type == "cuda" and process()[1] > 1:
+        if rank() == 0:
+            print(f"starts from {args.init}; skipped: {', '.join(skipped) or 'nothing'}")
+    if device.type == "cuda" and world_size() > 1:
         model = convert_sync_batchnorm(model)
     model.to(device).train()
     parts = {"model": model, "optimizer": torch.optim.AdamW(parameter_groups(model, args), fused=True),
@@ -288,24 +291,24 @@ def prepare(args, device, classes):
 
 def train(args, device):
     """A whole run -> held-out images, metrics (None if a signal stopped it), folder."""
-    rank, world_size = process()
     samples, test_set = load_datasets(args)
     parts, first, best = prepare(args, device, test_set.classes)
     model, optimizer, scaler = parts.values()
     folder = start_folder(args, first)
-    if rank == 0:
+    if rank() == 0:
         print(f"{args.model}, {args.backbone}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M, "
-              f"{args.dataset}, {len(samples.dataset)} images, {world_size} x {device}, {folder}", flush=True)
+              f"{args.dataset}, {len(samples.dataset)} images, {world_size()} x {device}, {folder}",
+              flush=True)
     parallel = torch.compile(model) if args.compile else model
-    if world_size > 1:
+    if world_size() > 1:
         parallel = nn.parallel.DistributedDataParallel(parallel, [device] if device.type == "cuda" else None)
     asked_to_stop = hear_signals()
-    sampler = step_batches(first, args.steps, args.batch_size, rank, world_size, args.accumulate)
+    sampler = step_batches(first, args.steps, args.batch_size, rank(), world_size(), args.accumulate)
     stream = training_batches(samples, sampler, args.workers, device)
     terms, clock, data_seconds = [], time.time(), 0.
     for step in range(first, args.steps + 1):
-        if step == args.steps or step % args.eval_every == 0 < step:     # also right after it was resumed
-            metrics, clock = hold_out(model, test_set, folder, step, args), time.time()
+        if step == args.steps or step > 0 and step % args.eval_every == 0:       # also right after a resume
+            metrics, clock = test(model, test_set, folder, step, args), time.time()
             if (score := metrics.get("PQ", metrics["mIoU"])) > best:
                 best = score
                 save_checkpoint(folder / "best.pt", parts, step, best, args, test_set)
@@ -337,7 +340,7 @@ def main(argv=None):
     args, device, started = parse(argv), start_process(), time.time()
     check(args)
     test_set, metrics, folder = train(args, device)
-    if process()[0] == 0:
+    if rank() == 0:
         print(table_of_classes(metrics, test_set.classes) if metrics else "stopped by a signal, and saved")
         print(f"{datetime.timedelta(seconds=round(time.time() - started))} in all; everything is in {folder}")
     return 0 if metrics else STOPPED

@@ -275,6 +275,12 @@ def test_a_run_is_not_continued_as_another(capsys, monkeypatch, run_folder, flag
     assert contents(run_folder) == before
 
 
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_a_config_that_was_edited_badly_is_named(capsys, monkeypatch, run_folder, text):
+    (run_folder / "config.json").write_text(text)
+    told(capsys, monkeypatch, train.main, ["--output", run_folder, "--resume"], str(run_folder / "config.json"), "remove it")
+
+
 def test_a_run_is_not_continued_to_an_earlier_step(capsys, monkeypatch, run_folder):
     state = torch.load(run_folder / "last.pt", weights_only=True)
     torch.save(state | {"step": 5}, run_folder / "last.pt")

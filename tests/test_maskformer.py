@@ -4,6 +4,7 @@ import math
 import re
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -126,6 +127,29 @@ def test_backbones_normalise_with_their_own_mean_and_std():
         backbone(images)
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (mean, std))
         torch.testing.assert_close(seen[0], (images - mean) / std, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name, weights", [
+    ("resnet50", "resnet50.tv_in1k"), ("resnet50.a1_in1k", "resnet50.a1_in1k"), ("resnet18", "resnet18.a1_in1k"),
+    ("swin_tiny_patch4_window7_224", "swin_tiny_patch4_window7_224.ms_in1k"),
+    ("swin_base_patch4_window12_384", "swin_base_patch4_window12_384.ms_in22k")])
+def test_pretrained_backbones_start_from_the_papers_weights(monkeypatch, name, weights):
+    asked = []
+
+    def published(place, *_, **__):                                      # instead of a download; with its head
+        asked.append(place)
+        state = timm.create_model(weights).state_dict()
+        return {key: torch.full_like(value, 0.25) for key, value in state.items()}
+    monkeypatch.setattr(timm.models._builder, "load_state_dict_from_hf", published)
+    backbone = Backbone(name, pretrained=True)
+    assert asked == [f"timm/{weights}"]
+    read = [value for key, value in backbone.body.state_dict().items() if "num_batches" not in key]
+    assert all((value == 0.25).all() for value in read if value.is_floating_point())
+
+
+def test_released_r101c_is_wider_than_timms_so_that_no_imagenet_weights_fit():
+    with pytest.raises(ValueError, match="--no-pretrained"):
+        Backbone("resnet101c", pretrained=True)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224"])

@@ -7,6 +7,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -286,6 +287,14 @@ def test_drawn_shapes_of_nine_classes_are_drawn_again_for_their_checkpoint(tmp_p
     assert "mIoU" in capsys.readouterr().out and len(load(tmp_path / "last.pt")[1]["classes"]) == 9
 
 
+def test_a_photo_has_no_panoptic_result_where_the_model_has_none(tmp_path, monkeypatch):
+    run("--steps", 1, "--model", "per-pixel", "--output", tmp_path / "run")
+    Image.new("RGB", (60, 40)).save(tmp_path / "photo.png")
+    command(monkeypatch, "--checkpoint", tmp_path / "run/last.pt", "--images", tmp_path / "photo.png",
+            "--save", tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["overlay", "semantic"]
+
+
 def test_a_run_for_semantic_masks_is_scored_without_instances(tmp_path):
     run("--steps", 1, "--task", "semantic", "--matching", "fixed", "--queries", 6, "--output", tmp_path)
     assert "PQ" not in json.loads((tmp_path / "metrics.json").read_text())
@@ -298,6 +307,36 @@ def test_a_resumed_run_follows_the_new_rate_and_needs_an_output(tmp_path):
     assert {group["rate"] for group in state["optimizer"]["param_groups"]} == {1e-9} and state["step"] == 2
     with pytest.raises(UserError, match="--output"):
         run("--resume")
+
+
+def test_a_resumed_run_says_what_it_is_tested_at_once_more_and_logs_it_once(tmp_path):
+    run("--steps", 4, "--eval-every", 2, "--save-every", 2, "--output", tmp_path)
+    step_two = torch.load(tmp_path / "last.pt", weights_only=True) | {"step": 2}
+    torch.save(step_two, tmp_path / "last.pt")                           # killed after it was tested
+    run("--steps", 4, "--eval-every", 2, "--save-every", 2, "--output", tmp_path, "--resume")
+    rows = [(row["step"], "mIoU" in row) for row in log_of(tmp_path)]
+    assert rows == [(1, False), (2, False), (2, True), (3, False), (4, False), (4, True)]
+
+
+def test_a_resumed_run_keeps_the_flags_that_are_not_given_again(tmp_path):
+    run("--steps", 2, "--seed", 3, "--lr", 0.003, "--num-classes", 8, "--task", "semantic", "--output", tmp_path)
+    before = json.loads((tmp_path / "config.json").read_text())
+    train.main(["--output", str(tmp_path), "--resume", "--steps", "3"])
+    assert json.loads((tmp_path / "config.json").read_text()) == before | {"steps": 3, "resume": True}
+    assert log_of(tmp_path)[-1]["step"] == 3
+
+
+def test_a_resumed_run_on_own_data_needs_no_other_flags(tmp_path):
+    for part in ("images", "annotations"):
+        for split in ("train", "val"):
+            (tmp_path / part / split).mkdir(parents=True)
+            picture = np.zeros((40, 50) if part == "annotations" else (40, 50, 3), np.uint8)
+            Image.fromarray(picture).save(tmp_path / part / split / "a.png")
+    (tmp_path / "classes.txt").write_text("floor\nwall\n")
+    run("--dataset", "folder", "--data-root", tmp_path, "--crop", 32, 32, "--test-short-side", 32, "--steps", 1,
+        "--no-pretrained", "--output", tmp_path / "run")
+    train.main(["--output", str(tmp_path / "run"), "--resume", "--steps", "2"])
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["step"] == 2
 
 
 def test_a_gradient_that_is_not_finite_stops_before_a_checkpoint(tmp_path, monkeypatch):
