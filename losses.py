@@ -19,7 +19,7 @@ def mask_classification_loss(class_logits, mask_logits, labels, masks, matches, 
 
     class_logits [L, B, Q, K+1], mask_logits [L, B, Q, h, w], labels [N], masks [N, H, W] bool, matches: the
     matcher's four vectors [M]. num_segments: N averaged over processes (default: this N).
-    NOTE 6: void and padded pixels are background of every mask, as in the released code.
+    NOTE 5: void and padded pixels are background of every mask, as in the released code.
     Only matched queries are upsampled to full size, and only PIXELS_AT_ONCE pixels at a time.
     """
     L, B, Q = class_logits.shape[:3]
@@ -32,7 +32,7 @@ def mask_classification_loss(class_logits, mask_logits, labels, masks, matches, 
     weight = torch.ones(no_object + 1, device=class_logits.device)
     weight[no_object] = no_object_weight
     # The weights of each layer add up to n + 0.1 (B Q - n), so L weighted means are one sum over one divisor.
-    # NOTE 5: the released code divides by each process's own sum of weights; with n averaged over processes
+    # NOTE 6: the released code divides by each process's own sum of weights; with n averaged over processes
     # the gradient does not depend on how a batch is split over them. On one process there is no difference,
     # unless an image has more segments than queries.
     ce = F.cross_entropy(class_logits.float().flatten(0, 2), wanted.flatten(), weight, reduction="sum")
