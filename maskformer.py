@@ -64,7 +64,7 @@ def create_body(name, pretrained):
             if isinstance(module, SwinTransformerBlock):
                 module.__class__ = PadFirstSwinBlock
         return body
-    if name.split(".")[0] == "resnet101c":           # NOTE 1: its stem is wider, its last stage dilated
+    if name == "resnet101c":     # NOTE 1: its stem is wider, its last stage dilated (with a tag: timm's own)
         if pretrained:
             raise ValueError("timm has no weights for this stem: use --no-pretrained, or --init WEIGHTS")
         body = timm.create_model(name, pretrained, features_only=True, stem_width=64)

@@ -182,17 +182,17 @@ def start_folder(args, first):
     content = vars(args) | {"versions": versions, "git": git and git.strip(), "processes": world_size()}
     write_whole(folder / "config.json", json.dumps(content, indent=1) + "\n")
     if (log := folder / "log.jsonl").exists():
-        rows = [row for row in log.read_text().splitlines() if row.endswith("}")]        # the last may be cut
-        kept = [row for row in rows if (json.loads(row)["step"], '"mIoU"' in row) < (first, True)]
-        write_whole(log, "".join(f"{row}\n" for row in kept))           # it is tested at `first` again
+        rows = [row for row in log.read_text().splitlines(True) if row.endswith("}\n")]  # the last may be cut
+        last = first, first < args.steps and first % args.eval_every > 0     # else `first` is tested again
+        write_whole(log, "".join(row for row in rows if (json.loads(row)["step"], '"mIoU"' in row) <= last))
     return folder
 
 
-def earlier_flags(folder):
-    """-> {flag: value} of the run in this folder, by its config.json; {} if there is none."""
-    path = Path(folder, "config.json")
+def earlier_flags(args):
+    """-> {flag: value} of the run that --resume continues, by its config.json; {} if there is none."""
+    path = Path(args.output or "", "config.json")
     try:
-        content = json.loads(path.read_text()) if path.exists() else {}
+        content = json.loads(path.read_text()) if args.resume and args.output and path.exists() else {}
         return {name: content[name] for name in content.keys() - {"versions", "git", "processes"}}
     except (AttributeError, ValueError) as error:
         raise UserError(f"{path} is not as it was written ({error}): remove it and give all flags") from error

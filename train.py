@@ -44,7 +44,7 @@ def parse(argv=None):
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--dataset", default="shapes", choices=DATASETS)
     add("--data-root", metavar="DIR", help="default: $DATA_ROOT, else ./datasets; own data: its folder")
-    add("--download", action="store_true", help="first fetch what is missing of the dataset")
+    add("--download", action=switch, default=False, help="first fetch what is missing of the dataset")
     add("--num-classes", type=int, metavar="N", help="of drawn shapes (default: 6); other data tell")
     add("--task", choices=["semantic", "panoptic"], help="a segment is a class region, or an object")
     add("--model", default="maskformer", choices=["maskformer", "per-pixel", "per-pixel-plus"])
@@ -61,7 +61,7 @@ def parse(argv=None):
     add("--schedule", default="poly", choices=["poly", "step"])
     add("--milestones", type=int, nargs="*", default=[], help="where the step schedule divides by 10")
     add("--amp", default="auto", choices=["auto", *AMP], help="auto: bf16 on GPUs that have it")
-    add("--compile", action="store_true")
+    add("--compile", action=switch, default=False)
     add("--output", metavar="DIR", help="default: the next free runs/DATASET-001")
     add("--resume", action="store_true", help="continue from DIR/last.pt with DIR's flags and those given")
     add("--overfit", type=int, metavar="N", help="first aid: learn and test N images as they are")
@@ -70,8 +70,8 @@ def parse(argv=None):
     for name, default in NUMBERS.items():
         add("--" + name.replace("_", "-"), type=type(default), metavar="N", help=f"{default} or the recipe's")
     chosen, _ = parser.parse_known_args(argv)                            # for the defaults of all others
-    earlier = earlier_flags(chosen.output) if chosen.resume and chosen.output else {}
-    parser.set_defaults(**NUMBERS | recipe(chosen.dataset, chosen.backbone) | earlier)
+    earlier = {"dataset": chosen.dataset, "backbone": chosen.backbone} | earlier_flags(chosen)
+    parser.set_defaults(**NUMBERS | recipe(earlier["dataset"], earlier["backbone"]) | earlier)
     args = parser.parse_args(argv)
     args.freeze_bn = args.pretrained if args.freeze_bn is None else args.freeze_bn
     if args.backbone_lr_factor is None:
@@ -82,7 +82,7 @@ def parse(argv=None):
 
 
 def check(args):
-    """UserError for flags that contradict one another; nothing has been read or written yet."""
+    """UserError for flags that contradict one another; nothing has been written yet."""
     used = args.output and Path(args.output, "config.json").exists()
     mistakes = [
         (args.resume and not args.output, "--resume needs the --output to continue"),
@@ -297,8 +297,7 @@ def train(args, device):
     folder = start_folder(args, first)
     if rank() == 0:
         print(f"{args.model}, {args.backbone}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M, "
-              f"{args.dataset}, {len(samples.dataset)} images, {world_size()} x {device}, {folder}",
-              flush=True)
+              f"{args.dataset}, {len(samples.dataset)} images, {world_size()}x{device}, {folder}", flush=True)
     parallel = torch.compile(model) if args.compile else model
     if world_size() > 1:
         parallel = nn.parallel.DistributedDataParallel(parallel, [device] if device.type == "cuda" else None)
@@ -311,7 +310,8 @@ def train(args, device):
             metrics, clock = test(model, test_set, folder, step, args), time.time()
             if (score := metrics.get("PQ", metrics["mIoU"])) > best:
                 best = score
-                save_checkpoint(folder / "best.pt", parts, step, best, args, test_set)
+                for name in ("best.pt", "last.pt"):                      # last.pt, too, knows this best
+                    save_checkpoint(folder / name, parts, step, best, args, test_set)
         if step == args.steps:
             return test_set, metrics, folder
         done, tick = step + 1, time.time()

@@ -326,6 +326,18 @@ def test_a_resumed_run_keeps_the_flags_that_are_not_given_again(tmp_path):
     assert log_of(tmp_path)[-1]["step"] == 3
 
 
+def test_a_longer_run_keeps_what_was_logged_and_best(tmp_path):
+    run("--steps", 2, "--output", tmp_path)
+    best = weights(tmp_path / "best.pt")
+    last = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert last["best"] == json.loads((tmp_path / "metrics.json").read_text())["PQ"]
+    torch.save(last | {"best": 99.}, tmp_path / "last.pt")               # as if nothing could be better
+    train.main(["--output", str(tmp_path), "--resume", "--steps", "3", "--no-compile", "--no-download"])
+    assert [(row["step"], "mIoU" in row) for row in log_of(tmp_path)] == [
+        (1, False), (2, False), (2, True), (3, False), (3, True)]
+    assert all(torch.equal(best[name], value) for name, value in weights(tmp_path / "best.pt").items())
+
+
 def test_a_resumed_run_on_own_data_needs_no_other_flags(tmp_path):
     for part in ("images", "annotations"):
         for split in ("train", "val"):
