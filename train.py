@@ -70,8 +70,9 @@ def parse(argv=None):
     for name, default in NUMBERS.items():
         add("--" + name.replace("_", "-"), type=type(default), metavar="N", help=f"{default} or the recipe's")
     chosen, _ = parser.parse_known_args(argv)                            # for the defaults of all others
-    earlier = {"dataset": chosen.dataset, "backbone": chosen.backbone} | earlier_flags(chosen)
-    parser.set_defaults(**NUMBERS | recipe(earlier["dataset"], earlier["backbone"]) | earlier)
+    earlier = earlier_flags(chosen)
+    defaults = recipe(earlier.get("dataset", chosen.dataset), earlier.get("backbone", chosen.backbone))
+    parser.set_defaults(**NUMBERS | defaults | earlier)
     args = parser.parse_args(argv)
     args.freeze_bn = args.pretrained if args.freeze_bn is None else args.freeze_bn
     if args.backbone_lr_factor is None:
@@ -92,8 +93,7 @@ def check(args):
          f"{args.accumulate}"),
         (args.dim % 32 or args.dim % args.heads,
          f"--dim {args.dim} is not divisible by 32 and by --heads {args.heads}"),
-        (args.num_classes and args.dataset != "shapes" and not used,     # there config.json tells it
-         "--num-classes is for --dataset shapes alone"),
+        (args.num_classes and args.dataset != "shapes" and not used, "--num-classes is for --dataset shapes"),
         (args.augmentation == "crop" and not args.crop, "--augmentation crop needs a --crop H W")]
     for made, message in mistakes:
         if made:

@@ -18,7 +18,7 @@ from torch import nn
 import evaluate
 import train
 from batches import Batch, TrainingSamples, collate, step_batches
-from data import Shapes, UserError
+from data import RECIPES, Shapes, UserError
 from evaluate import load
 from maskformer import MaskFormer
 from run import STOP_SIGNALS
@@ -171,6 +171,16 @@ def test_rates_and_decay_of_the_recipe():
     assert train.lr_factor(1500, swin) == pytest.approx((1 - 1500 / 160_000) ** 0.9)
     steps = train.parse(["--dataset", "ade20k", "--schedule", "step", "--milestones", "100", "200"])
     assert [round(train.lr_factor(s, steps), 6) for s in (99, 100, 200)] == [1, 0.1, 0.01]
+
+
+@pytest.mark.parametrize("dataset", RECIPES)
+def test_a_recipe_is_the_default_also_of_a_resumed_run(tmp_path, dataset):
+    given = ["--dataset", dataset, "--output", str(tmp_path)]
+    args = vars(train.parse(given))
+    assert RECIPES[dataset].items() <= args.items() and args["backbone"] in ("resnet50", "resnet10t")
+    kept = {name: value for name, value in args.items() if name not in ("dim", "crop")}  # older, without these
+    (tmp_path / "config.json").write_text(json.dumps(kept | {"git": None, "seed": 5}))
+    assert vars(train.parse(["--output", str(tmp_path), "--resume"])) == args | {"resume": True, "seed": 5}
 
 
 def test_a_recipe_gives_way_to_a_flag():
