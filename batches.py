@@ -56,7 +56,7 @@ class DetrAugmentation:
 
 
 def one_of(values):
-    return values[int(torch.randint(len(values), ()))]
+    return values[int(torch.randint(len(values), ()))]                   # at random
 
 
 def pad_to(x, size, value):

@@ -394,7 +394,8 @@ def read_panoptic_png(annotation, folder, class_of_id):
 
 
 def fit(size, short_side, max_long_side=math.inf):
-    """(H, W) -> (H, W) with that short side, or that long side if it would get longer."""
+    """(H, W) -> (H, W) with that short side, or that long side if it would get longer; rounded, where
+    v2.RandomShortestSize cuts off (and makes 511 of some 512)."""
     scale = min(short_side / min(size), max_long_side / max(size))
     return [max(1, int(side * scale + 0.5)) for side in size]
 

@@ -67,7 +67,7 @@ def create_body(name, pretrained):
     if name == "resnet101c":     # NOTE 1: its stem is wider, its last stage dilated (with a tag: timm's own)
         if pretrained:
             raise ValueError("timm has no weights for this stem: use --no-pretrained, or --init WEIGHTS")
-        body = timm.create_model(name, pretrained, features_only=True, stem_width=64)
+        body = timm.create_model(name, features_only=True, stem_width=64)
         for block, dilation in zip(body.layer4, (1, 2, 4)):
             block.conv2.dilation = block.conv2.padding = (dilation, dilation)
         return body
