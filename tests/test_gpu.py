@@ -1,0 +1,184 @@
+"""Where tensors lie. Without a GPU a pretended one tells, on which any mixture of devices is an error; with one,
+real training and evaluation run on it."""
+import traceback
+import warnings
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._pytree import tree_leaves
+
+import evaluate
+import train
+from batches import step_batches, training_batches
+
+ROOT, CPU, GPU = Path(__file__).parent.parent, torch.device("cpu"), torch.device("cuda", 0)
+MODELS = [("--model", "maskformer"), ("--model", "maskformer", "--encoder-layers", "1", "--task", "semantic"),
+          ("--matching", "fixed", "--queries", "6", "--task", "semantic"), ("--model", "per-pixel"),
+          ("--model", "per-pixel-plus")]
+FACTORIES = {"arange", "empty", "eye", "full", "ones", "rand", "tensor", "zeros"}
+INDEXING = {"__getitem__", "__setitem__"}                                # take indices from the CPU, too, and wait
+WAITING = INDEXING | {"__bool__", "__float__", "__index__", "__int__", "bincount", "item", "nonzero", "tolist",
+                      "unique"}
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+
+class PretendedGpu(TorchFunctionMode):
+    """Tensors with the attribute `pretended` say that they lie on the GPU, and so do results of them. `waits`
+    lists the lines that would wait for it. AssertionError where they meet CPU tensors of more than one value."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs, name = dict(kwargs or {}), function.__name__
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        on_gpu = any(map(pretended, tensors))
+        attribute = resolve_name(function) if name in ("__get__", "__set__") else ""
+        if attribute in ("torch.Tensor.device.__get__", "torch.Tensor.is_cuda.__get__"):
+            return (GPU if on_gpu else CPU) if "device" in attribute else on_gpu
+        if name in ("to", "cpu"):
+            return self.move(name, function, *args, **kwargs)
+        strangers = [x for x in tensors if x.dim() > 0 and not pretended(x)]
+        if on_gpu and (name in WAITING - INDEXING or name in INDEXING and reads_indices(args, strangers)):
+            self.note()
+        mixed = strangers if name not in INDEXING else strangers and not pretended(args[0])
+        assert not (on_gpu and mixed and not attribute), f"{name} mixes devices: {where()}"
+        if kwargs.get("device") is not None:
+            on_gpu = torch.device(kwargs.pop("device")) == GPU
+        elif name in FACTORIES:
+            on_gpu = False
+        result = function(*args, **kwargs)
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                x.pretended = on_gpu
+        return result
+
+    def move(self, name, function, x, *args, **kwargs):
+        """`to` and `cpu`."""
+        devices = [a for a in (*args, kwargs.pop("device", None)) if isinstance(a, (str, torch.device))]
+        to_gpu = torch.device(devices[0]) == GPU if devices else pretended(x) and name == "to"
+        if pretended(x) and not to_gpu:
+            self.note()
+        result = function(x, *(a for a in args if a not in devices), **kwargs) if name == "to" else x
+        result = result.view_as(result) if result is x else result       # not the tensor that stays behind
+        result.pretended = to_gpu
+        return result
+
+    def note(self):
+        self.waits.append(where())
+
+
+def pretended(x):
+    return getattr(x, "pretended", False)
+
+
+def reads_indices(args, strangers):
+    """Masks have to be counted, indices on the CPU to be sent."""
+    indices = [x for x in tree_leaves(args[1]) if isinstance(x, torch.Tensor)]
+    return any(x.dtype == torch.bool or any(x is other for other in strangers) for x in indices)
+
+
+def where():
+    """The line of this project that torch was called from."""
+    frames = [f for f in traceback.extract_stack() if Path(f.filename).parent == ROOT]
+    return f"{Path(frames[-1].filename).name}: {frames[-1].line}" if frames else "no line of ours"
+
+
+def start(flags, device=CPU, batches=2):
+    """-> flags, model, optimizer, scaler, held-out images, some batches, all on `device`."""
+    tiny = "--no-pretrained --backbone test_resnet --steps 8 --workers 0 --batch-size 4".split()
+    args = train.parse([*tiny, *flags])
+    samples, test_set = train.load_datasets(args)
+    parts, *_ = train.prepare(args, device, test_set.classes)
+    del test_set.pairs[4:]
+    stream = training_batches(samples, step_batches(0, batches, 4), 0, device)
+    return args, *parts.values(), test_set, [next(stream) for _ in range(batches)]
+
+
+def pretend(model):
+    for x in (*model.parameters(), *model.buffers()):
+        x.pretended = True
+
+
+def test_the_pretended_gpu_tells_mixtures_and_waits():
+    with PretendedGpu() as gpu:
+        x, y = torch.arange(3).to(GPU), torch.arange(3)
+        assert (x + 1).is_cuda and x.device == torch.ones(2, device=GPU).device == GPU and not y.is_cuda
+        assert x.cpu().device == CPU and len(gpu.waits) == 1
+        assert x[y].is_cuda and x[x > 0].is_cuda and len(gpu.waits) == 3
+        assert x.sum().item() == 3 and len(gpu.waits) == 4
+        for mixture in (lambda: x + y, lambda: y[x], lambda: torch.where(x > 0, x, y)):
+            with pytest.raises(AssertionError, match="mixes devices"):
+                mixture()
+
+
+@pytest.mark.parametrize("flags", MODELS, ids=" ".join)
+def test_a_training_step_mixes_no_devices_and_waits_once(flags, monkeypatch):
+    args, model, optimizer, scaler, _, batches = start(flags)
+    pretend(model)
+    # Left out: autocast, which asks for a real GPU, and torch's own clipping, which groups by real device.
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: torch.enable_grad())
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda parameters, most: torch.zeros((), device=GPU))
+    with PretendedGpu() as gpu:
+        for step, batch in enumerate(batches):
+            terms = train.training_step(step, [batch.to(GPU)], model, optimizer, scaler, args)
+            assert all(term.is_cuda for term in terms.values())
+    wanted = {"hungarian": "matcher.py: costs = torch.cat(costs).cpu()", "fixed": "matcher.py: if len((owner * K"}
+    wanted = [wanted[args.matching]] * 2 if args.model == "maskformer" else []
+    assert [wait[:len(line)] for wait, line in zip(gpu.waits, wanted, strict=True)] == wanted
+
+
+@pytest.mark.parametrize("flags", MODELS, ids=" ".join)
+@pytest.mark.parametrize("more", [{}, {"scales": (0.5, 1.), "flip": True}], ids=["plain", "scales"])
+def test_evaluation_and_pictures_mix_no_devices(flags, more, monkeypatch, tmp_path):
+    args, model, *_, test_set, _ = start(flags, batches=0)
+    options = {name: getattr(args, name) for name in evaluate.TEST_OPTIONS}
+    run = partial(evaluate.evaluate, model.eval(), test_set, task=args.task, **options, **more)
+    general = {"inference": "panoptic"} if args.model == "maskformer" and not more else {}
+    expected = run(**general)
+    pretend(model)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: torch.no_grad())
+    with PretendedGpu():
+        found = run(save=tmp_path, **general)
+        evaluate.draw_predictions(model, test_set, tmp_path / "predictions.png", **options)
+        if args.model == "maskformer":
+            evaluate.draw_queries(model, test_set, tmp_path / "queries.png", **options)
+    # torchvision resizes bytes on a CPU, rounded floats elsewhere: hence the tolerance.
+    assert evaluate.single_numbers(found) == pytest.approx(evaluate.single_numbers(expected), abs=0.5)
+
+
+@needs_gpu
+@pytest.mark.parametrize("amp", train.AMP)
+def test_a_step_on_the_gpu_has_the_loss_of_one_on_the_cpu(amp):
+    losses = []
+    for device, precision in ((CPU, "off"), (GPU, amp)):
+        args, model, optimizer, scaler, _, batches = start(["--amp", precision], device)
+        terms = train.training_step(0, [batches[0].to(device)], model, optimizer, scaler, args)
+        losses.append(terms["loss"].item())
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
+@needs_gpu
+def test_a_step_on_the_gpu_waits_for_the_matching_costs_only():
+    args, model, optimizer, scaler, _, batches = start([], GPU)
+    batches = [batch.to(GPU) for batch in batches]
+    train.training_step(0, batches[:1], model, optimizer, scaler, args)
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train.training_step(1, batches[1:], model, optimizer, scaler, args)
+    torch.cuda.set_sync_debug_mode("default")
+    assert [Path(w.filename).name for w in caught if "synchroniz" in str(w.message)] == ["matcher.py"]
+
+
+@needs_gpu
+@pytest.mark.parametrize("flags", [*MODELS, ("--amp", "fp16"), ("--compile",)], ids=" ".join)
+def test_a_run_on_the_gpu_ends(flags, tmp_path):
+    tiny = "--no-pretrained --backbone test_resnet --steps 4 --workers 1 --batch-size 4".split()
+    train.main([*tiny, *flags, "--output", str(tmp_path)])
+    assert (tmp_path / "best.pt").exists() and (tmp_path / "metrics.json").exists()
