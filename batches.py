@@ -1,6 +1,6 @@
 """How pictures reach the model: augmentation, samples, batches (MaskFormer, appendix A).
 
-The segment map goes through augmentation and onto the device as it is; binary masks are cut there.
+The integer segment map goes through augmentation and to the device; only there is it split into binary masks.
 
 Letters   B images · N segments in the batch · H W image size
 
@@ -41,7 +41,7 @@ class Augmentation:
 
 
 class DetrAugmentation:
-    """DETR's, for COCO: a flip, then a resize; half the time a crop before it. `collate` pads."""
+    """DETR's, for COCO: a flip; half the time a resize and a crop; then a resize. `collate` pads."""
 
     def __init__(self, short_side, max_long_side):
         self.short_side, self.max_long_side, self.flip = short_side, max_long_side, v2.RandomHorizontalFlip()
@@ -80,7 +80,7 @@ class Batch(NamedTuple):
     names: list                   # [B]
 
     def to(self, device):
-        """Everything on `device` but `owner`, whose counts the matcher needs on the CPU."""
+        """Everything on `device` except `owner`: the matcher needs the segment counts on the CPU."""
         moved = [x.to(device, non_blocking=True) for x in self[:4]]
         return Batch(*moved, self.owner, self.names)
 
@@ -104,7 +104,7 @@ def seed_of(*numbers):
 
 class TrainingSamples(Dataset):
     """An endless stream of augmented samples: the n-th is a function of (seed, n) and nothing else. Task
-    "semantic" merges the segments of a class. Crowd segments and what the crop emptied are dropped."""
+    "semantic" merges the segments of a class, crowds too. Other crowds and emptied segments are dropped."""
 
     def __init__(self, dataset, augment, seed=0, task="panoptic"):
         self.dataset, self.augment, self.seed, self.task = dataset, augment, seed, task
@@ -128,7 +128,7 @@ class TrainingSamples(Dataset):
 
 
 def merge_classes(segment_map, class_of):
-    """Panoptic -> semantic: the segments of a class, crowd too, become one. If any do, ids are class + 1."""
+    """Panoptic -> semantic: merges the segments of a class, crowds too; if any merge, ids are class + 1."""
     if len({*class_of.values()}) == len(class_of):
         return segment_map, class_of
     labels = label_map(segment_map, class_of, void=-1) + 1
@@ -148,8 +148,8 @@ def collate(samples):
 
 
 def step_batches(first, steps, batch_size, rank=0, world_size=1, accumulate=1):
-    """Sample numbers of every forward pass of one process: step s takes the samples from s * batch_size on,
-    an equal share each."""
+    """Sample numbers of every forward pass of one process: step s takes batch_size samples from number
+    s * batch_size on, and each process an equal share of them."""
     share = batch_size // world_size // accumulate                       # images of a forward pass
     starts = (((step * world_size + rank) * accumulate + part) * share
               for step in range(first, steps) for part in range(accumulate))

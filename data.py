@@ -32,7 +32,7 @@ from torchvision.transforms import v2
 
 
 class UserError(ValueError):
-    """Something that whoever runs this can mend; the message says what and how."""
+    """An error that the user can fix; the message says what is wrong and how to fix it."""
 
 
 # ---------------------------------------------------------------------------------------- recipes
@@ -56,7 +56,7 @@ RECIPES = {
     "coco-panoptic": paper(None, 800, [], 1333, 64, 554_400, short_side=list(range(480, 801, 32)),
                            max_long_side=1333, augmentation="detr", encoder_layers=6, size_divisibility=0,
                            schedule="step", milestones=[369_600]),
-    # Not in the paper: like its nearest.
+    # Not in the paper: modelled on the closest recipe there.
     "cityscapes-panoptic": paper((512, 1024), 1024, HALF_TO_DOUBLE, 2048, 16, 90_000, encoder_layers=6),
     "voc": paper((512, 512), 512, HALF_TO_DOUBLE, 2048, 16, 40_000),
     "folder": paper((512, 512), 512, HALF_TO_DOUBLE, 2048, 16, 40_000),
@@ -69,7 +69,7 @@ SWIN = dict(lr=6e-5, weight_decay=1e-2, backbone_lr_factor=1., warmup=1500, enco
 
 
 def recipe(dataset, backbone="resnet50"):
-    """The defaults of train.py's flags: the dataset's, a Swin's own, and the large ones' size on ADE20K."""
+    """train.py's defaults: the dataset's, then a Swin's own, then Swin-B's and L's image sizes on ADE20K."""
     swin = SWIN if backbone.startswith("swin_") and dataset != "shapes" else {}
     large = dataset == "ade20k" and swin and "384" in backbone
     sizes = paper((640, 640), 640, HALF_TO_DOUBLE, 2560, 16, 160_000) if large else {}
@@ -83,8 +83,8 @@ def read_lines(path):
 
 
 def pair_files(images, annotations, ending="", new_ending=".png", names=None):
-    """[(image, annotation)], sorted: an image's name with another ending is its annotation's. names: of the
-    JPEGs that count (default: all images that end in `ending`)."""
+    """[(image, annotation)]: an annotation is named like its image, with another ending. names: the JPEGs to
+    take, in this order (default: all images whose names end in `ending`, sorted)."""
     images.stat(), annotations.stat()                                    # FileNotFoundError if not there
     suffixes = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
     files = sorted(images.rglob(f"[!.]*{ending}")) if names is None else [images / f"{n}.jpg" for n in names]
@@ -133,8 +133,8 @@ def read_labels(path):
 
 def read_segments(annotation, values_of, class_of_value, void, is_thing=None):
     """-> segment map [H, W] with ids 1, 2, .. in the order of the values, {id: class}, crowd ids. void: the
-    value without class; None: all others. With `is_thing`, values are in Cityscapes' coding: 1000 v + n is
-    instance n of v, and a bare v of a thing is a crowd of it."""
+    value without a class; None: any unlisted value. With `is_thing`, values are coded as in Cityscapes:
+    1000 v + n is instance n of class value v; a bare v of a thing class is a crowd."""
     values = values_of(annotation)
     present = np.flatnonzero(np.bincount(values.ravel())).tolist()
     label_of = {value: class_of_value.get(value // 1000 if is_thing and value >= 1000 else value)
@@ -163,7 +163,7 @@ class SegmentationDataset(Dataset):
     category_ids: list            # the publisher's number of each class
     panoptic: bool = False        # each segment of a thing is an instance
     image_ids: dict = field(default_factory=dict)     # the publisher's, by name
-    shrink_to: float = math.inf   # short side of images that are larger
+    shrink_to: float = math.inf   # larger images are shrunk to this short side
 
     def __len__(self):
         return len(self.pairs)
@@ -183,7 +183,7 @@ class SegmentationDataset(Dataset):
 
 def build_dataset(name, root=None, split="train", **options):
     """A dataset of DATASETS. root: where they lie (default $DATA_ROOT, else ./datasets). Raises UserError for
-    an unknown name or split, FileNotFoundError for another layout than its publisher's."""
+    an unknown name or split, FileNotFoundError if the files are not laid out as its publisher ships them."""
     if name not in DATASETS:
         raise UserError(f"unknown dataset {name!r}; choose from {', '.join(DATASETS)}")
     if split not in ("train", "val"):
@@ -202,7 +202,7 @@ def build_dataset(name, root=None, split="train", **options):
 
 
 def layout_of(name):
-    """The docstring of its function."""
+    """The files a dataset expects: the docstring of its function."""
     return " ".join(getattr(DATASETS[name], "func", DATASETS[name]).__doc__.split())
 
 
@@ -250,8 +250,8 @@ def ade20k(root, split, panoptic=False):
 
 
 def read_ade20k_instances(paths):
-    """Classes and instances (R: which of the things, 0 none; G: its number) -> Cityscapes' coding [H, W].
-    Instances cover stuff; pixels of things without an instance become void."""
+    """Class map, instance PNG (R: index of the thing class, 0 none; G: number) -> Cityscapes' coding [H, W].
+    Instances override the class map; thing pixels outside every instance become void."""
     things = np.array([0] + [value for value in range(1, 151) if value not in ADE20K_STUFF])
     values, rgb = read_labels(paths[0]), read_image(paths[1]).astype(np.int32)
     which, number = rgb[..., 0], rgb[..., 1]
@@ -394,8 +394,8 @@ def read_panoptic_png(annotation, folder, class_of_id):
 
 
 def fit(size, short_side, max_long_side=math.inf):
-    """(H, W) -> (H, W) with that short side, or that long side if it would get longer; rounded, where
-    v2.RandomShortestSize cuts off (and makes 511 of some 512)."""
+    """(H, W) -> (H, W) with this short side, or smaller, to keep within the long side. Sides are rounded;
+    v2.RandomShortestSize truncates them (and turns some 512 into 511)."""
     scale = min(short_side / min(size), max_long_side / max(size))
     return [max(1, int(side * scale + 0.5)) for side in size]
 
@@ -428,7 +428,7 @@ FORMS = {"disk": 0, "peanut": 2, "trefoil": 3, "cross": 4, "star": 5}    # lobes
 class Shapes(SegmentationDataset):
     """Drawn pictures: two or three textured regions (stuff), and on them one to three forms (things, each an
     instance). A picture is a function of (seed, split, index). Half of the classes are textures, half forms;
-    each has its own hue, which alone tells some apart where there are more than five of a kind."""
+    each has its own hue; with more than five of a kind, some differ in hue alone."""
 
     def __init__(self, root=None, split="train", num_classes=6, size=(64, 96), length=None, seed=0):
         self.size, self.seed = size, [seed, ("train", "val").index(split)]

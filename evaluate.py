@@ -25,7 +25,7 @@ from maskformer import (MaskFormer, PerPixelBaseline, PerPixelBaselinePlus, pano
 from pretrained import load_official
 from run import Flags, command, counter, rank, read_checkpoint, start_process, world_size
 
-PIXELS_AT_ONCE = 2 ** 13, 2 ** 20     # that get their classes, on a CPU (its cache) and a GPU
+PIXELS_AT_ONCE = 2 ** 13, 2 ** 20     # classified at a time: CPU (fits its cache), GPU
 TEST_OPTIONS = ("test_short_side", "test_max_long_side", "object_threshold", "overlap_threshold")
 
 
@@ -70,8 +70,8 @@ class PanopticQuality:
     """PQ of a class = (sum of IoU over matched pairs) / (TP + FP/2 + FN/2); then the mean over classes.
 
     A predicted and a true segment match if they agree in class and their IoU is above 0.5; void pixels of the
-    truth do not count in the prediction's area. A prediction that is void or crowd of its class by more than
-    half is no false positive; crowd is never a false negative. Truth [1, 1, 2, 0] and prediction [1, 1, 1, 1]
+    truth do not count in the prediction's area. A prediction more than half on void plus crowd of its class
+    is no false positive; crowd is never a false negative. Truth [1, 1, 2, 0] and prediction [1, 1, 1, 1]
     of one class: IoU 2/3, one TP, one FN: PQ 44.4, SQ 66.7, RQ 66.7. All values are percentages, means over
     the classes that occur; where none does, 0.
     """
@@ -170,7 +170,7 @@ def best_class(score_maps, size):
     best, label = torch.tensor(-torch.inf), torch.tensor(0)
     for start in range(0, len(score_maps[0]), 8):
         few = (upsample(scores[start:start + 8], size) for scores in score_maps)
-        score, index = sum(few, next(few)).max(0)                        # begun with 0, it would copy
+        score, index = sum(few, next(few)).max(0)                        # starting at 0 would copy
         label = torch.where(score > best, index + start, label)
         best = torch.maximum(score, best)
     return label
@@ -402,9 +402,9 @@ def main(argv=None):
     """The command: see the top of this file."""
     parser = Flags(__doc__)
     add = parser.add_argument
-    add("--checkpoint", "--weights", required=True, metavar="FILE", help="of a run, or of the authors")
+    add("--checkpoint", "--weights", required=True, metavar="FILE", help="a run's .pt, or released weights")
     add("--images", nargs="+", metavar="FILE", help="own photos instead of a dataset")
-    add("--dataset", choices=DATASETS, help="the default of this and all below: as in training")
+    add("--dataset", choices=DATASETS, help="default of this and the next flags: as in training")
     add("--data-root")
     add("--split", default="val")
     for name in TEST_OPTIONS:

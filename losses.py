@@ -1,4 +1,4 @@
-"""What "right" means (MaskFormer, Eq. 1, Sec. 3.2, 4.1).
+"""What "right" means (MaskFormer, Eq. 1, Sec. 3.1 to 3.3, 4.1).
 
 Letters   B images · L decoder layers · Q queries · K classes · N ground-truth segments in the batch
           H W image size · h w = H/4 W/4 · P = H W pixels · M matched pairs
@@ -10,7 +10,7 @@ Paper     L_mask-cls = ce + 20 focal + 1 dice; "no object" is label K
 import torch
 import torch.nn.functional as F
 
-PIXELS_AT_ONCE = 2 ** 21, 2 ** 24     # of upsampled masks, on a CPU (its cache) and a GPU: bounds the memory
+PIXELS_AT_ONCE = 2 ** 21, 2 ** 24     # upsampled pixels per chunk: CPU (fits its cache), GPU; bounds memory
 
 
 def mask_classification_loss(class_logits, mask_logits, labels, masks, matches, num_segments=None,
@@ -45,8 +45,8 @@ def mask_classification_loss(class_logits, mask_logits, labels, masks, matches, 
 def mask_terms(mask_logits, masks, matches):
     """Focal and dice loss, each summed over the M pairs.
 
-    A few pairs at a time: their gradients are taken right away and kept at the logits' size, so that nothing
-    of full size waits for the backward pass or is computed again in it.
+    A few pairs at a time: their gradients are computed right away and kept at the logits' size, so that no
+    full-size tensor is stored for the backward pass or recomputed in it.
     """
     layer, image, query, segment = matches
     matched = mask_logits[layer, image, query].float()                   # [M, h, w]

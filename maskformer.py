@@ -46,7 +46,7 @@ class Backbone(nn.Module):
     def forward(self, images):                                           # [B, 3, H, W], RGB 0..255
         features = self.body((images.float() - self.mean) / self.std)
         features = [features[i] for i in self.kept]
-        if self.nhwc:                                    # contiguous: a step is a fifth shorter so (CPU)
+        if self.nhwc:                                    # contiguous() makes a step a fifth shorter (CPU)
             features = [norm(x).permute(0, 3, 1, 2).contiguous() for norm, x in zip(self.norms, features)]
         return features                                                  # four of [B, C, H/stride, W/stride]
 
@@ -64,7 +64,7 @@ def create_body(name, pretrained):
             if isinstance(module, SwinTransformerBlock):
                 module.__class__ = PadFirstSwinBlock
         return body
-    if name == "resnet101c":     # NOTE 1: its stem is wider, its last stage dilated (with a tag: timm's own)
+    if name == "resnet101c":     # NOTE 1: wider stem, dilated last stage ("resnet101c.TAG" is timm's own)
         if pretrained:
             raise ValueError("timm has no weights for this stem: use --no-pretrained, or --init WEIGHTS")
         body = timm.create_model(name, features_only=True, stem_width=64)
@@ -139,7 +139,7 @@ class EncoderLayer(nn.TransformerEncoderLayer):
 
 
 class DecoderLayer(nn.TransformerDecoderLayer):
-    """Queries consult each other, then the image, then think alone. Positions are in no value."""
+    """Queries consult each other, then the image, then think alone. Positions enter queries and keys only."""
 
     def forward(self, x, query_pos, memory, memory_pos):                 # x [B, Q, D], memory [B, HW/32², D]
         q, k = x + query_pos, memory + memory_pos
@@ -152,7 +152,7 @@ class DecoderLayer(nn.TransformerDecoderLayer):
 # ---------------------------------------------------------------------------------------- models
 class MaskFormer(nn.Module):
     """Fig. 2: images [B, 3, H, W], RGB 0..255, uint8 or float -> class_logits [L, B, Q, K+1] and mask_logits
-    [L, B, Q, h, w], float32. In training mode every decoder layer answers, in eval mode the last (L = 1).
+    [L, B, Q, h, w], float32. In training mode all decoder layers predict, in eval mode the last (L = 1).
 
     encoder_layers: 6 in the panoptic ResNet models. size_divisibility: what evaluation pads images to.
     """
@@ -255,8 +255,8 @@ def panoptic_inference(class_logits, mask_logits, is_thing, object_threshold=0.8
 
     class_logits [Q, K+1], mask_logits [Q, H, W], is_thing [K] bool -> segment_map [H, W] int32, 0 where void,
     and segments [{"id", "category_id", "isthing", "score"}], ids 1, 2, ... in the order of the queries.
-    object_threshold: a query's probability is above it; overlap_threshold: least visible share of its mask;
-    size: H, W that masks are resized to, one by one."""
+    object_threshold: class probability that a query must exceed; overlap_threshold: minimum visible share of
+    its mask; size: H, W to which masks are resized, one by one."""
     score, label = class_logits.softmax(-1).max(-1)                      # [Q]
     keep = (label < len(is_thing)) & (score > object_threshold)
     score, label, mask_logits = score[keep], label[keep], mask_logits[keep].float()

@@ -21,9 +21,9 @@ def hungarian_match(class_logits, mask_logits, labels, masks, owner,
     """The cheapest assignment of segments to queries, in each layer and image on its own.
 
     class_logits [L, B, Q, K+1], mask_logits [L, B, Q, h, w], labels [N], masks [N, H, W] bool, owner [N] (the
-    image of each segment) -> layer, image, query, segment, each [M] int64 on the logits' device. An image
-    with more segments than queries leaves the dearest unmatched, with a warning. Costs are float32; besides
-    its inputs it needs some L Q (P + n) + N P floats for the largest n of an image. If `owner` is on the CPU,
+    image of each segment) -> layer, image, query, segment, each [M] int64 on the logits' device. If an image
+    has more segments than queries, the costliest stay unmatched, with a warning. Costs are float32; beyond
+    the inputs it needs about L Q (P + n) + N P floats, for the largest n. If `owner` is on the CPU,
     there is one device-to-host copy. Raises FloatingPointError on a cost that is not finite.
     """
     L, B, Q = class_logits.shape[:3]

@@ -1,11 +1,11 @@
-"""The authors' released weights in this model: their names and arrays in our modules.
+"""The authors' released weights in this model: their parameter names translated to ours.
 
     model = load_official("maskformer_R50_bs16_160k")        # downloaded once, into torch.hub's folder
     model = load_official("model_final_d8dbeb.pkl")          # from a file; no code in the file can run
     model = load_official("model.safetensors")               # Hugging Face's copies, facebook/maskformer-*
     class_logits, mask_logits = model(torch.randint(256, (1, 3, 512, 512)))
 
-Names and shapes tell which model it is. The weights are under CC BY-NC 4.0: no commercial use.
+The model is inferred from names and shapes. The weights are under CC BY-NC 4.0: no commercial use.
 """
 import pickle
 import re
@@ -67,7 +67,7 @@ DEEP_STEM = [                         # R101c's, before OFFICIAL
     (r"\.stem\.conv2\.norm", ".body.conv1.4"), (r"\.stem\.conv2", ".body.conv1.3"),
     (r"\.stem\.conv3\.norm", ".body.bn1"), (r"\.stem\.conv3", ".body.conv1.6"),
 ]
-HUGGING_FACE = [                      # before OFFICIAL; names get " q", " k" or " v" for a third of an array
+HUGGING_FACE = [                      # before OFFICIAL; a final " q", " k" or " v" marks a third of an array
     (r"^model\.(pixel_level|transformer)_module\.", ""), (r"\.embeddings\.norm", ".patch_embed.norm"),
     (r"^encoder\.hidden_states_norms\.", "backbone.norm"),
     (r"^encoder\.(model\.)?(encoder\.|embedder\.|embeddings\.)?", "backbone."), (r"\.convolution", ""),
@@ -91,7 +91,7 @@ DROPPED = (r"criterion\.empty_weight|pixel_mean|pixel_std|.*\.relative_position_
 
 
 def translate(state):
-    """{their name: array} -> {our name: (their names, array)}, DROPPED left out. ValueError for doubles."""
+    """{their name: array} -> {our name: (their names, array)}, without DROPPED. ValueError for duplicates."""
     rules = HUGGING_FACE if "class_predictor.weight" in state else []
     rules = (DEEP_STEM if "backbone.stem.conv2.weight" in state else rules) + OFFICIAL
     found = {}
@@ -172,7 +172,7 @@ def build(found):
 
 
 def download(config):
-    """-> path of a released file in torch.hub's folder, where no file lies that cannot be read."""
+    """-> path of a released file in torch.hub's folder, where a file that cannot be read is never kept."""
     folder, digest = ZOO[config]
     url = f"{ZOO_URL}/{folder}/{config}/model_final_{digest}.pkl"
     path = Path(torch.hub.get_dir(), "checkpoints", f"{config}_{digest}.pkl")
@@ -182,7 +182,7 @@ def download(config):
             part = Path(scratch, path.name)
             try:
                 torch.hub.download_url_to_file(url, str(part))
-                read_arrays(part)                                        # torch.hub misses a missing end
+                read_arrays(part)                                        # torch.hub accepts truncated files
             except Exception as error:
                 raise ConnectionError(f"no {url} ({error}): get it elsewhere, save it as {path}") from error
             part.replace(path)

@@ -1,9 +1,9 @@
 """What keeps a run alive: processes, signals, errors, the run's folder. Nothing of the paper is here.
 
-A run may end at any moment, by kill -9, too: its last checkpoint is whole, and --output DIR --resume goes on
-from there. SIGTERM or SIGUSR1 (a cluster wants its machine back) end it after its next step, saved.
+A run may be killed at any moment, even by kill -9: its last checkpoint is intact, and --output DIR --resume
+continues from it. On SIGTERM or SIGUSR1 (a cluster wants its machine back) it finishes its step, saves, ends.
 
-Exit codes   0 done · 1 a bug (traceback) · 2 something to mend (one line) · 75 ended by a signal · 130 Ctrl-C
+Exit codes   0 done · 1 a bug (traceback) · 2 user can fix it (one line) · 75 ended by a signal · 130 Ctrl-C
 """
 import argparse
 import contextlib
@@ -41,7 +41,7 @@ def command(main):
         if dist.is_initialized():
             dist.destroy_process_group()
         raise SystemExit(code)
-    except dist.DistNetworkError as error:                               # nobody to count who is first
+    except dist.DistNetworkError as error:                               # no store to say who failed first
         print("error: " + one_line(error), file=sys.stderr, flush=True)
         leave(2)
     except (UserError, OSError, torch.OutOfMemoryError) as error:
@@ -74,7 +74,7 @@ def one_line(error):
 
 
 def is_first_to_fail():
-    """The other processes then fail because they miss its answers; torchrun's store counts."""
+    """Whether this process failed first, counted in torchrun's store; the others fail as a consequence."""
     try:
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
                               timeout=datetime.timedelta(seconds=10))
@@ -84,8 +84,8 @@ def is_first_to_fail():
 
 
 class Flags(argparse.ArgumentParser):
-    """The flags of a command. What they cannot be is a UserError: integers begin at 1 (some at 0), all other
-    numbers at 0, and shares end at 1."""
+    """The flags of a command. Values out of range are a UserError: integers start at 1 (`zero_too` at 0),
+    floats at 0, and `shares` end at 1."""
 
     zero_too = ("encoder_layers", "seed", "size_divisibility", "warmup", "workers")
     shares = ("dropout", "object_threshold", "overlap_threshold")
@@ -120,8 +120,8 @@ def start_process():
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
         store, number, count = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(f"attempt {ATTEMPT}", store)            # without addresses of the one before
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"      # CPU tensors wait for no GPU
+        store = dist.PrefixStore(f"attempt {ATTEMPT}", store)            # hides the last attempt's addresses
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"      # CPU tensors: no GPU sync
         dist.init_process_group(backend, store=store, rank=number, world_size=count)
     return device
 
@@ -141,7 +141,7 @@ def average_over_processes(value):
 
 
 def counter(items, text):
-    """Yields `items`; process 0 says after every hundred how far it is."""
+    """Yields `items`; process 0 prints its progress every hundred."""
     for i, item in enumerate(items):
         if rank() == 0 and i % 100 == 0 and i > 0:
             print(f"{text} {i}/{len(items)}", flush=True)
@@ -149,8 +149,8 @@ def counter(items, text):
 
 
 def hear_signals():
-    """-> function for all processes to call: was one of them asked to stop? From now on to the end of this
-    process the signals do nothing else; loader workers, which inherit what is blocked, go on reading."""
+    """-> a function that all processes call together: was any of them asked to stop? From now on the signals
+    do nothing else in this process; its loader workers inherit the blocked signals and keep reading."""
     heard = []
     for number in STOP_SIGNALS:                                          # a library's thread may get it
         signal.signal(number, lambda *_: heard.append(True))
@@ -166,7 +166,7 @@ def hear_signals():
 # ---------------------------------------------------------------------------------------- the folder
 def start_folder(args, first):
     """Makes the folder of a run and config.json: every flag, the versions, the git revision. -> its path.
-    The log is cut behind step `first`: what a killed run did after its last checkpoint is done again."""
+    Log rows after step `first` are dropped: what a killed run did after its last checkpoint is redone."""
     numbers = (f"runs/{args.dataset}-{number:03d}" for number in range(1, 1000))
     folder = Path(args.output or next(path for path in numbers if not Path(path).exists()))
     if rank() > 0:
@@ -205,7 +205,7 @@ def log_row(folder, row):
 
 
 def write_whole(path, content):
-    """Writes text, or with torch what is no text, under another name and renames it: `path` is never half."""
+    """Writes text (anything else: torch.save) to another name, then renames: `path` is never half-written."""
     unfinished = path.with_suffix(".part")
     try:
         with open(unfinished, "wb") as file:
@@ -246,8 +246,8 @@ DOWNLOADS["ade20k-panoptic"] = DOWNLOADS["ade20k"]
 
 
 def download(name, root=None):
-    """Fetches and unpacks what of a dataset is not there yet; call it again after an interruption. Raises
-    UserError for data that cannot be had this way, for a full disk and for broken files."""
+    """Fetches and unpacks what is missing of a dataset; after an interruption call it again. Raises UserError
+    for data that cannot be downloaded, for a full disk and for broken files."""
     if name not in DOWNLOADS:
         reason = "needs a login" if "https:" in layout_of(name) else "is your own or drawn"
         raise UserError(f"--download: {name} {reason}, it cannot be fetched. What belongs below --data-root: "
@@ -259,7 +259,7 @@ def download(name, root=None):
         if (root / result).exists() and not archive.exists():
             continue
         folder.mkdir(parents=True, exist_ok=True)
-        # Nothing leaves `folder`: zip files lose the names that would, tar files with such are refused.
+        # No path may leave `folder`: in zip files such members are skipped, tar files with any are refused.
         safely = {"filter": "data"} if archive.suffix == ".tar" else {}
         try:
             if not archive.exists():
@@ -271,13 +271,13 @@ def download(name, root=None):
                 inner.unlink()
         except Exception as error:                                       # a broken file can raise anything
             if isinstance(error, shutil.ReadError) or not isinstance(error, OSError):
-                archive.unlink(missing_ok=True)                          # but a full disk is no reason
+                archive.unlink(missing_ok=True)                          # but a full disk spares it
             raise UserError(f"{url}: {error}; run again to go on") from error
         archive.unlink()
 
 
 def fetch(url, archive, checksum):
-    """By way of ARCHIVE.part: an archive that is there is whole."""
+    """Downloads to ARCHIVE.part, checks and renames it: an existing ARCHIVE is complete."""
     part = archive.with_name(f"{archive.name}.part")
 
     def report(blocks, block_size, total):

@@ -39,13 +39,13 @@ NUMBERS = dict(                                       # flags that take a number
 
 
 def parse(argv=None):
-    """The command line -> every number of a run. Defaults: the recipe of the dataset and the backbone."""
+    """The command line -> all settings of a run. Defaults: the recipe of the dataset and the backbone."""
     parser = Flags(__doc__)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--dataset", default="shapes", choices=DATASETS)
     add("--data-root", metavar="DIR", help="default: $DATA_ROOT, else ./datasets; own data: its folder")
     add("--download", action=switch, default=False, help="first fetch what is missing of the dataset")
-    add("--num-classes", type=int, metavar="N", help="of drawn shapes (default: 6); other data tell")
+    add("--num-classes", type=int, metavar="N", help="of drawn shapes (default: 6); other datasets set it")
     add("--task", choices=["semantic", "panoptic"], help="a segment is a class region, or an object")
     add("--model", default="maskformer", choices=["maskformer", "per-pixel", "per-pixel-plus"])
     add("--backbone", default="resnet50", help="any timm model with features at strides 4 to 32")
@@ -55,7 +55,7 @@ def parse(argv=None):
     add("--matching", default="hungarian", choices=["hungarian", "fixed"])
     add("--crop", type=int, nargs=2, metavar=("H", "W"))
     add("--short-side", type=int, nargs="+", metavar="N", help="one of these, at random")
-    add("--augmentation", default="crop", choices=["crop", "detr"], help="of semantic data, or of COCO's")
+    add("--augmentation", default="crop", choices=["crop", "detr"], help="random crop, or DETR's for COCO")
     add("--color-distortion", action=switch, default=True)
     add("--backbone-lr-factor", type=float, help="default: 0.1 if pretrained (Swin: 1), else 1")
     add("--schedule", default="poly", choices=["poly", "step"])
@@ -63,8 +63,8 @@ def parse(argv=None):
     add("--amp", default="auto", choices=["auto", *AMP], help="auto: bf16 on GPUs that have it")
     add("--compile", action=switch, default=False)
     add("--output", metavar="DIR", help="default: the next free runs/DATASET-001")
-    add("--resume", action="store_true", help="continue from DIR/last.pt with DIR's flags and those given")
-    add("--overfit", type=int, metavar="N", help="first aid: learn and test N images as they are")
+    add("--resume", action="store_true", help="continue DIR/last.pt with its flags; those given override")
+    add("--overfit", type=int, metavar="N", help="debugging: train and test on N unaugmented images")
     for name in ("batch_size", "steps", "max_long_side", "test_short_side", "test_max_long_side"):
         add("--" + name.replace("_", "-"), type=int, metavar="N", help="default: as the recipe says")
     for name, default in NUMBERS.items():
@@ -155,15 +155,15 @@ def training_step(step, batches, model, optimizer, scaler, args):
     """Sec. 4.2: one step on `--accumulate` batches -> the scalars of `compute_loss` and grad_norm."""
     for group in optimizer.param_groups:
         group["lr"] = group["rate"] * lr_factor(step, args)
-    torch.manual_seed(seed_of(args.seed, step, rank()))                  # dropout, too, is known by the step
+    torch.manual_seed(seed_of(args.seed, step, rank()))                  # dropout, too, repeats when resumed
     count, sums, device = target_count(batches, args), {}, batches[0].images.device
     for batch in batches:
-        wait = world_size() > 1 and batch is not batches[-1]             # DDP adds up in the last pass
+        wait = world_size() > 1 and batch is not batches[-1]             # DDP reduces in the last pass only
         with model.no_sync() if wait else contextlib.nullcontext():
             with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
                 output = model(batch.images)
             terms = compute_loss(output, batch, count, args)
-            if device.type == "cpu" and not terms["loss"].isfinite():    # a GPU would have to be waited for
+            if device.type == "cpu" and not terms["loss"].isfinite():    # on a GPU this would force a sync
                 raise FloatingPointError("the loss is not finite")
             scaler.scale(terms["loss"] / len(batches)).backward()
         sums = {name: sums.get(name, 0) + term.detach() / len(batches) for name, term in terms.items()}
@@ -209,7 +209,7 @@ def write_log(folder, args, step, terms, seconds, data_seconds):
 
 # ---------------------------------------------------------------------------------------- training
 def load_datasets(args):
-    """-> training samples, held-out images; completes `args` by the number of classes and the task."""
+    """-> training samples, held-out images; sets `args.num_classes` and `args.task`."""
     if args.download:                                                    # process 0 does, the others wait
         patient = world_size() > 1 and dist.new_group(timeout=datetime.timedelta(days=1), backend="gloo")
         if rank() == 0:
@@ -283,7 +283,7 @@ def prepare(args, device, classes):
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{path} is of another run than the flags describe: {' '.join(str(error).split())}")
     for group, new in zip(parts["optimizer"].param_groups, parameter_groups(model, args)):
-        group |= {"rate": new["rate"], "weight_decay": new["weight_decay"]}  # the flags', also if resumed
+        group |= {"rate": new["rate"], "weight_decay": new["weight_decay"]}  # from the flags, even if resumed
     if average_over_processes(torch.tensor(float(first))) != first:
         raise UserError(f"not all processes see {path}: they would resume from different steps")
     return parts, first, best
