@@ -27,10 +27,10 @@ class Augmentation:
         # NOTE 7: the released code distorts colors as SSD does; here brightness is a factor, not a sum, and
         # the order is always this one. (v2.RandomPhotometricDistort would also shuffle channels.)
         # On Pillow images: their 8-bit hue takes a third of the time of torchvision's on tensors.
-        strengths = dict(brightness=0.125, contrast=0.5, saturation=0.5, hue=0.1) if color_distortion else {}
+        strengths = dict(brightness=0.125, contrast=0.5, saturation=0.5, hue=0.1)
         distort = [v2.RandomApply([v2.ColorJitter(**{name: most})]) for name, most in strengths.items()]
-        on_pillow = [v2.ToPILImage(), *distort, v2.PILToTensor()]
-        self.distort = v2.Compose(on_pillow if distort else [v2.Identity()])
+        on_pillow = v2.Compose([v2.ToPILImage(), *distort, v2.PILToTensor()])
+        self.distort = on_pillow if color_distortion else v2.Identity()
         self.flip = v2.RandomHorizontalFlip()
 
     def __call__(self, image, segment_map):

@@ -77,6 +77,9 @@ def recipe(dataset, backbone="resnet50"):
 
 
 # ---------------------------------------------------------------------------------------- files
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+
 def read_lines(path):
     lines = path.read_text(encoding="utf-8-sig").split("\n")
     return [line.strip() for line in lines if line.strip()]
@@ -86,11 +89,10 @@ def pair_files(images, annotations, ending="", new_ending=".png", names=None):
     """[(image, annotation)]: an annotation is named like its image, with another ending. names: the JPEGs to
     take, in this order (default: all images whose names end in `ending`, sorted)."""
     images.stat(), annotations.stat()                                    # FileNotFoundError if not there
-    suffixes = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
     files = sorted(images.rglob(f"[!.]*{ending}")) if names is None else [images / f"{n}.jpg" for n in names]
     stems = [path.relative_to(images).as_posix().removesuffix(ending or path.suffix) for path in files]
     pairs = [(path, annotations / (stem + new_ending)) for path, stem in zip(files, stems)
-             if path.suffix.lower() in suffixes]
+             if path.suffix.lower() in IMAGE_SUFFIXES]
     missing = [str(path) for pair in pairs for path in pair if not path.exists()]
     if missing:
         raise FileNotFoundError(errno.ENOENT, f"{len(missing)} files are missing for {len(pairs)} images",
@@ -354,20 +356,20 @@ def coco_format(images, maps, json_file):
             raise ValueError(f"the categories have the ids {[category['id'] for category in categories]}")
         file_of = {image["id"]: images / image["file_name"] for image in content["images"]}
         annotations = sorted(content["annotations"], key=lambda annotation: annotation["image_id"])
-        for annotation in annotations:
-            check_annotation(annotation, file_of, class_of_id)
+        pairs = [(file_of.get(annotation["image_id"]), listed_segments(annotation, file_of, class_of_id))
+                 for annotation in annotations]
         names, is_thing = zip(*((category["name"], bool(category["isthing"])) for category in categories))
     except (KeyError, TypeError, ValueError) as error:
         problem = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{json_file} is not in COCO's panoptic format: {problem}") from error
-    pairs = [(file_of[annotation["image_id"]], annotation) for annotation in annotations]
-    read = partial(read_panoptic_png, folder=maps, class_of_id=class_of_id)
-    image_ids = {path.stem: annotation["image_id"] for path, annotation in pairs}
+    read = partial(read_panoptic_png, folder=maps)
+    image_ids = {path.stem: annotation["image_id"] for (path, _), annotation in zip(pairs, annotations)}
     return SegmentationDataset(pairs, list(names), list(is_thing), read, list(class_of_id), True, image_ids)
 
 
-def check_annotation(annotation, file_of, class_of_id):
-    """ValueError for an entry of COCO's json that does not agree with the others or with itself."""
+def listed_segments(annotation, file_of, class_of_id):
+    """An entry of COCO's json -> name of its PNG; id, class and crowd flag of each segment [n, 3], by id (an
+    array: each loader worker keeps all). ValueError if it does not agree with the others or with itself."""
     name, segments = annotation["file_name"], annotation["segments_info"]
     if annotation["image_id"] not in file_of:
         raise ValueError(f"{name} belongs to image {annotation['image_id']}, which is not in its list")
@@ -375,21 +377,22 @@ def check_annotation(annotation, file_of, class_of_id):
         raise ValueError(f"{name} has segments of the categories {unknown}, which are not in its list")
     if len({segment["id"] for segment in segments}) < len(segments):
         raise ValueError(f"{name} has two segments of one id")
+    rows = sorted((s["id"], class_of_id[s["category_id"]], bool(s.get("iscrowd"))) for s in segments)
+    return name, np.array(rows, np.int64).reshape(-1, 3)
 
 
-def read_panoptic_png(annotation, folder, class_of_id):
-    """An entry of COCO's json and its PNG, where id = R + 256 G + 65536 B -> segment map [H, W] with ids 1,
-    2, .. in the order of the json's ids, {id: class}, crowd ids. class_of_id: {category id: class}."""
-    path = folder / annotation["file_name"]
-    ids = read_image(path).astype(np.int32) @ np.array([1, 256, 65536], np.int32)            # [H, W]
-    segments = sorted(annotation["segments_info"], key=lambda segment: segment["id"])
-    listed = np.array([0] + [segment["id"] for segment in segments])
+def read_panoptic_png(annotation, folder):
+    """What `listed_segments` returns, and its PNG, where id = R + 256 G + 65536 B -> segment map [H, W] with
+    ids 1, 2, .. in the order of the json's ids, {id: class}, crowd ids."""
+    name, segments = annotation
+    ids = read_image(folder / name).astype(np.int32) @ np.array([1, 256, 65536], np.int32)   # [H, W]
+    listed = np.append(0, segments[:, 0])
     segment_map = np.searchsorted(listed, ids).clip(max=len(segments))
     wrong = np.unique(ids[listed[segment_map] != ids]).tolist()
     if wrong:
-        raise UserError(f"{path} holds the segment ids {wrong[:10]} that its entry in the json lacks")
-    class_of = {i: class_of_id[segment["category_id"]] for i, segment in enumerate(segments, 1)}
-    crowd = [i for i, segment in enumerate(segments, 1) if segment.get("iscrowd")]
+        raise UserError(f"{folder / name} holds the segment ids {wrong[:10]} that its entry in the json lacks")
+    class_of = dict(enumerate(segments[:, 1].tolist(), 1))
+    crowd = (np.flatnonzero(segments[:, 2]) + 1).tolist()
     return segment_map.astype(np.uint8 if len(segments) <= 255 else np.int32), class_of, crowd
 
 

@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.v2.functional import resize, to_pil_image
-from torchvision.utils import draw_segmentation_masks
 
-from data import (ADE20K_STUFF, DATASETS, SegmentationDataset, UserError, build_dataset, fit, label_map,
-                  read_image, recipe, void_label)
+from data import (ADE20K_STUFF, DATASETS, IMAGE_SUFFIXES, SegmentationDataset, UserError, build_dataset, fit,
+                  label_map, read_image, recipe, void_label)
 from maskformer import (MaskFormer, PerPixelBaseline, PerPixelBaselinePlus, panoptic_inference,
                         semantic_inference)
 from pretrained import load_official
-from run import Flags, command, counter, rank, read_checkpoint, start_process, world_size
+from run import (Flags, command, counter, rank, read_checkpoint, start_process, sum_over_processes,
+                 world_size)
 
 PIXELS_AT_ONCE = 2 ** 13, 2 ** 20     # classified at a time: CPU (fits its cache), GPU
 TEST_OPTIONS = ("test_short_side", "test_max_long_side", "object_threshold", "overlap_threshold")
@@ -55,7 +55,7 @@ class ConfusionMatrix:
 
     def compute(self):
         """-> mIoU and mACC (means over classes that occur in the truth), pACC, fwIoU, IoU [K] (else NaN)."""
-        counts = sum_over_processes(self.counts).double()
+        counts = sum_over_processes(self.counts.clone()).double()
         hit, true, predicted = counts.diagonal(), counts.sum(1), counts[:, :-1].sum(0)
         occurs, total = true > 0, true.sum().clamp(min=1)
         iou = torch.where(occurs, hit / (true + predicted - hit).clamp(min=1), torch.nan)
@@ -103,7 +103,7 @@ class PanopticQuality:
 
     def compute(self):
         """-> PQ, SQ, RQ; the same with _th over things, _st over stuff; PQ_per_class [K] (or NaN)."""
-        iou, tp, fp, fn = sum_over_processes(self.sums)
+        iou, tp, fp, fn = sum_over_processes(self.sums.clone())
         occurs = tp + fp + fn > 0
         sq, rq = iou / tp.clamp(min=1), tp / (tp + fp / 2 + fn / 2).clamp(min=0.5)
         values = {"PQ": sq * rq, "SQ": sq, "RQ": rq}
@@ -122,14 +122,6 @@ def compact(segment_map, segments):
     classes = torch.tensor([-1] + [segment["category_id"] for segment in segments])
     crowd = torch.tensor([False] + [bool(segment.get("iscrowd")) for segment in segments])
     return torch.where(ids[place] == segment_map, place, 0), classes, crowd
-
-
-def sum_over_processes(counts):
-    """A CPU tensor, summed over all processes."""
-    total = counts.clone()
-    if world_size() > 1:
-        dist.all_reduce(total)
-    return total
 
 
 # ---------------------------------------------------------------------------------------- prediction
@@ -279,7 +271,8 @@ def save_prediction(folder, name, image, dataset, label, segment_map, segments):
     numbers = dataset.category_ids + [void_label(K) if 0 in dataset.category_ids else 0]     # last: void
     for kind in ("semantic", "overlay", "panoptic")[:2 if segments is None else 3]:
         (folder / kind).mkdir(parents=True, exist_ok=True)
-    values = np.array(numbers, np.uint8 if max(numbers) <= 255 else np.uint16)[label.cpu().clamp(max=K)]
+    numbers = np.array(numbers, np.uint8 if max(numbers) <= 255 else np.uint16)
+    values = numbers[label.cpu().clamp(max=K).numpy()]
     Image.fromarray(values).save(folder / "semantic" / f"{name}.png")
     shown = class_regions(label, void_label(K)) if segments is None else (segment_map, segments)
     overlay(image, *shown, dataset.classes).save(folder / "overlay" / f"{name}.jpg", quality=92)
@@ -309,20 +302,22 @@ def save_coco_json(folder, dataset, annotations):
 def overlay(image, segment_map, segments, classes, caption="", box=None):
     """image [3, H, W] uint8 under its named segments: stuff in the color of its class, every thing in its
     own, void as it is -> PIL picture, fitted into `box` (width, height)."""
-    segments = [s for s in segments if (segment_map == s["id"]).any()]
-    masks = [segment_map.cpu() == s["id"] for s in segments]
-    if segments:
-        hues = [0.618 * (s["id"] + 0.5 if s["isthing"] else s["category_id"]) for s in segments]
-        colors = [tuple(int(255 * part) for part in colorsys.hsv_to_rgb(hue % 1, 0.75, 0.9)) for hue in hues]
-        image = draw_segmentation_masks(image.cpu(), torch.stack(masks), 0.6, colors)
+    image, segment_map, centers = image.cpu().clone(), segment_map.cpu(), []
+    for segment in segments:                                             # one by one: photos are large
+        mask = segment_map == segment["id"]
+        if mask.any():
+            hue = 0.618 * (segment["id"] + 0.5 if segment["isthing"] else segment["category_id"])
+            color = 255 * torch.tensor(colorsys.hsv_to_rgb(hue % 1, 0.75, 0.9))
+            image[:, mask] = (0.4 * image[:, mask] + 0.6 * color[:, None]).byte()
+            centers.append((mask.nonzero().float().median(0).values, classes[segment["category_id"]]))
     picture = to_pil_image(image)
     picture = ImageOps.contain(picture, box or picture.size)
     zoom = picture.height / image.shape[-2]
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(max(10, min(picture.size) // 20))
     style = dict(fill="white", font=font, stroke_width=1, stroke_fill="black")
-    for mask, segment in zip(masks, segments):
-        y, x = (mask.nonzero().float().median(0).values * zoom).tolist()
-        draw.text((x, y), classes[segment["category_id"]], anchor="mm", **style)
+    for center, name in centers:
+        y, x = (center * zoom).tolist()
+        draw.text((x, y), name, anchor="mm", **style)
     draw.text((3, 1), caption, **style)
     return ImageOps.pad(picture, box or picture.size, color="white")
 
@@ -403,7 +398,7 @@ def main(argv=None):
     parser = Flags(__doc__)
     add = parser.add_argument
     add("--checkpoint", "--weights", required=True, metavar="FILE", help="a run's .pt, or released weights")
-    add("--images", nargs="+", metavar="FILE", help="own photos instead of a dataset")
+    add("--images", nargs="+", metavar="FILE", help="own photos, or folders of them, instead of a dataset")
     add("--dataset", choices=DATASETS, help="default of this and the next flags: as in training")
     add("--data-root")
     add("--split", default="val")
@@ -424,9 +419,12 @@ def main(argv=None):
         numbers = list(range(model.num_classes))
         photos = SegmentationDataset([], state["classes"], state["is_thing"], None, numbers)
         folder, annotations = args.save or "predictions", []
-        check(model, args.inference, folder, args.images)
+        images = [path for given in map(Path, args.images)
+                  for path in (sorted(given.iterdir()) if given.is_dir() else [given])
+                  if path == given or path.suffix.lower() in IMAGE_SUFFIXES]
+        check(model, args.inference, folder, images)
         panoptic = type(model) is MaskFormer and "panoptic" in (config["task"], args.inference)
-        for path in map(Path, args.images[rank()::world_size()]):
+        for path in images[rank()::world_size()]:
             image = torch.from_numpy(read_image(path)).permute(2, 0, 1)
             answer = predict(model, image, photos.is_thing, panoptic=panoptic, inference=args.inference,
                              **options)

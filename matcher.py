@@ -24,7 +24,8 @@ def hungarian_match(class_logits, mask_logits, labels, masks, owner,
     image of each segment) -> layer, image, query, segment, each [M] int64 on the logits' device. If an image
     has more segments than queries, the costliest stay unmatched, with a warning. Costs are float32; beyond
     the inputs it needs about L Q (P + n) + N P floats, for the largest n. If `owner` is on the CPU,
-    there is one device-to-host copy. Raises FloatingPointError on a cost that is not finite.
+    there is one device-to-host copy. Raises FloatingPointError on a cost that is not finite, IndexError (on a
+    GPU it is CUDA's assertion) on a label that is not below K.
     """
     L, B, Q = class_logits.shape[:3]
     class_prob = class_logits.float().softmax(-1)
@@ -36,7 +37,7 @@ def hungarian_match(class_logits, mask_logits, labels, masks, owner,
     for b, segments in enumerate(mine):
         segments = segments.to(small.device, non_blocking=True)
         x, t = mask_logits[:, b].flatten(2).float(), small[segments]     # [L, Q, P], [n, P]
-        prob = class_prob[:, b, :, :-1][..., labels[segments]]           # [L, Q, n]; label K: an IndexError
+        prob = class_prob[:, b, :, :-1][..., labels[segments]]           # [L, Q, n]
         with torch.autocast(x.device.type, enabled=False):
             cost = (focal_weight * pairwise_focal(x, t) + dice_weight * pairwise_dice(x, t)
                     - class_weight * prob)                               # [L, Q, n]

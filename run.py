@@ -111,7 +111,7 @@ class Flags(argparse.ArgumentParser):
 
 # ---------------------------------------------------------------------------------------- processes
 def start_process():
-    """Joins torchrun's process group if there is one -> the device of this process."""
+    """Joins torchrun's process group if there is one -> this process's device. CPU tensors go by gloo."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -121,7 +121,7 @@ def start_process():
     if "RANK" in os.environ:
         store, number, count = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"attempt {ATTEMPT}", store)            # hides the last attempt's addresses
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"      # CPU tensors: no GPU sync
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=number, world_size=count)
     return device
 
@@ -134,10 +134,10 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1         # how many processes there are
 
 
-def average_over_processes(value):
+def sum_over_processes(value):                                           # in place
     if world_size() > 1:
         dist.all_reduce(value)
-    return value / world_size()
+    return value
 
 
 def counter(items, text):
@@ -159,7 +159,7 @@ def hear_signals():
 
     def asked_to_stop():
         waiting = os.name == "posix" and signal.sigpending() & STOP_SIGNALS
-        return average_over_processes(torch.tensor(float(bool(heard or waiting)))).item() > 0
+        return sum_over_processes(torch.tensor(int(bool(heard or waiting)))).item() > 0
     return asked_to_stop
 
 

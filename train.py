@@ -19,15 +19,14 @@ import torch.distributed as dist
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
-from batches import (Augmentation, DetrAugmentation, TrainingSamples, seed_of, step_batches,
-                     training_batches)
+from batches import Augmentation, DetrAugmentation, TrainingSamples, seed_of, step_batches, training_batches
 from data import DATASETS, UserError, build_dataset, recipe, resized
 from evaluate import (TEST_OPTIONS, build_model, draw_predictions, draw_queries, evaluate, load, save_metrics,
                       single_numbers, table_of_classes)
 from losses import mask_classification_loss, per_pixel_loss
 from matcher import fixed_match, hungarian_match
-from run import (STOPPED, Flags, average_over_processes, command, download, earlier_flags, hear_signals,
-                 log_row, rank, read_checkpoint, start_folder, start_process, world_size, write_whole)
+from run import (STOPPED, Flags, command, download, earlier_flags, hear_signals, log_row, rank,
+                 read_checkpoint, start_folder, start_process, sum_over_processes, world_size, write_whole)
 
 AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NUMBERS = dict(                                       # flags that take a number; the paper's are the defaults
@@ -148,7 +147,7 @@ def target_count(batches, args):
         count = torch.full((), sum(len(batch.labels) for batch in batches), device=batches[0].labels.device)
     else:
         count = sum((batch.label_map(void=-1) >= 0).sum() for batch in batches)
-    return average_over_processes(count / len(batches))
+    return sum_over_processes(count / len(batches)) / world_size()
 
 
 def training_step(step, batches, model, optimizer, scaler, args):
@@ -180,19 +179,20 @@ def start_from(model, source):
     """--init: the weights of `source` but for a class head of another size -> names of what was skipped."""
     state, own = load(source)[0].state_dict(), model.state_dict()
     fitting = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
-    skipped = sorted((own.keys() | state.keys()) - fitting.keys())
-    wrong = [name for name in skipped if not name.startswith("to_class.") and "num_batches" not in name]
+    skipped = [name for name in sorted(own | state) if name not in fitting and "num_batches" not in name]
+    head = "to_class." if hasattr(model, "to_class") else "query_pos."   # per-pixel+: a query is a class
+    wrong = [name for name in skipped if not name.startswith(head)]
     if wrong:
         raise UserError(f"--init {source}: another model than the flags describe: {', '.join(wrong[:4])} ..")
     model.load_state_dict(fitting, strict=False)
-    return [name for name in skipped if "num_batches" not in name]
+    return skipped
 
 
 def write_log(folder, args, step, terms, seconds, data_seconds):
     """Means over the last steps, to log.jsonl and console; FloatingPointError if one is not finite."""
     names, n, memory = list(terms[0]), len(terms), torch.cuda.max_memory_allocated()
     means = torch.stack([torch.stack([term[name] for name in names]) for term in terms]).mean(0)
-    means = average_over_processes(means).tolist()
+    means = (sum_over_processes(means) / world_size()).tolist()
     if not all(map(math.isfinite, means[:-1] if args.amp == "fp16" else means)):     # fp16 may skip a step
         raise FloatingPointError("the loss or its gradient is not finite")
     if rank() > 0:
@@ -284,7 +284,7 @@ def prepare(args, device, classes):
         raise UserError(f"{path} is of another run than the flags describe: {' '.join(str(error).split())}")
     for group, new in zip(parts["optimizer"].param_groups, parameter_groups(model, args)):
         group |= {"rate": new["rate"], "weight_decay": new["weight_decay"]}  # from the flags, even if resumed
-    if average_over_processes(torch.tensor(float(first))) != first:
+    if sum_over_processes(torch.tensor(first)) != first * world_size():
         raise UserError(f"not all processes see {path}: they would resume from different steps")
     return parts, first, best
 
@@ -320,8 +320,8 @@ def train(args, device):
         try:
             terms.append(training_step(step, batches, parallel, optimizer, scaler, args))
             stops = asked_to_stop()
-            saves = stops or done == args.steps or done % args.save_every == 0
-            if saves or 0 in (done % args.log_every, done % args.eval_every):
+            saves = stops or done == args.steps or 0 in (done % args.save_every, done % args.eval_every)
+            if saves or done % args.log_every == 0:
                 write_log(folder, args, done, terms, time.time() - clock, data_seconds)
                 terms, clock, data_seconds = [], time.time(), 0.
         except FloatingPointError as error:

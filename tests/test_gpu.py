@@ -100,6 +100,11 @@ def start(flags, device=CPU, batches=2):
     return args, *parts.values(), test_set, [next(stream) for _ in range(batches)]
 
 
+def without_segments(batch):
+    none = torch.zeros(0, dtype=torch.long)
+    return batch._replace(segment_maps=torch.zeros_like(batch.segment_maps), ids=none, labels=none, owner=none)
+
+
 def pretend(model):
     for x in (*model.parameters(), *model.buffers()):
         x.pretended = True
@@ -125,7 +130,7 @@ def test_a_training_step_mixes_no_devices_and_waits_once(flags, monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: torch.enable_grad())
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda parameters, most: torch.zeros((), device=GPU))
     with PretendedGpu() as gpu:
-        for step, batch in enumerate(batches):
+        for step, batch in enumerate([batches[0], without_segments(batches[1])]):
             terms = train.training_step(step, [batch.to(GPU)], model, optimizer, scaler, args)
             assert all(term.is_cuda for term in terms.values())
     wanted = {"hungarian": "matcher.py: costs = torch.cat(costs).cpu()", "fixed": "matcher.py: if len((owner * K"}
@@ -154,13 +159,14 @@ def test_evaluation_and_pictures_mix_no_devices(flags, more, monkeypatch, tmp_pa
 
 @needs_gpu
 @pytest.mark.parametrize("amp", train.AMP)
-def test_a_step_on_the_gpu_has_the_loss_of_one_on_the_cpu(amp):
+def test_steps_on_the_gpu_have_the_losses_of_those_on_the_cpu(amp):
     losses = []
     for device, precision in ((CPU, "off"), (GPU, amp)):
         args, model, optimizer, scaler, _, batches = start(["--amp", precision], device)
-        terms = train.training_step(0, [batches[0].to(device)], model, optimizer, scaler, args)
-        losses.append(terms["loss"].item())
-    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+        for batch in (batches[0], without_segments(batches[1])):
+            terms = train.training_step(0, [batch.to(device)], model, optimizer, scaler, args)
+            losses.append(terms["loss"].item())
+    assert losses[2:] == pytest.approx(losses[:2], rel=0.01)
 
 
 @needs_gpu

@@ -1,4 +1,5 @@
 """What is guaranteed of the metrics and of the way from logits to them (evaluate.py; Sec. 3.4, 4)."""
+import colorsys
 import math
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.utils import draw_segmentation_masks
 
 import evaluate
 from batches import merge_classes
@@ -350,3 +352,18 @@ def test_merged_classes_are_what_semantic_truth_is():
     segment_map = torch.tensor([[3, 3, 5], [7, 0, 9]])
     merged, class_of = merge_classes(segment_map, {3: 4, 5: 4, 7: 0, 9: 2})
     assert merged.tolist() == [[5, 5, 5], [1, 0, 3]] and class_of == {5: 4, 1: 0, 3: 2}
+
+
+def test_an_overlay_is_torchvisions_one_segment_at_a_time():
+    image = torch.randint(256, (3, 40, 60), dtype=torch.uint8)
+    segment_map = torch.zeros(40, 60, dtype=torch.int32)
+    segment_map[:20], segment_map[25:, 30:] = 1, 2
+    segments = [{"id": 1, "category_id": 1, "isthing": False}, {"id": 2, "category_id": 0, "isthing": True},
+                {"id": 3, "category_id": 0, "isthing": True}]            # the last has no pixel
+    found = torch.from_numpy(np.array(evaluate.overlay(image, segment_map, segments, ["", ""]))).permute(2, 0, 1)
+    hues = 0.618, 0.618 * 2.5 % 1
+    colors = [tuple(int(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.75, 0.9)) for hue in hues]
+    masks = torch.stack([segment_map == 1, segment_map == 2])
+    expected = draw_segmentation_masks(image, masks, 0.6, colors)
+    assert (found.int() - expected.int()).abs().max() <= 1
+    assert torch.equal(found[:, segment_map == 0], image[:, segment_map == 0]) and not torch.equal(found, image)

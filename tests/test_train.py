@@ -122,6 +122,24 @@ def test_init_skips_a_class_head_of_another_size_and_nothing_else(tmp_path, caps
         run("--steps", 1, "--dim", 64, "--output", tmp_path / "x", "--init", tmp_path / "six" / "last.pt")
 
 
+def test_init_skips_the_queries_of_the_baseline_whose_queries_are_classes(tmp_path, capsys):
+    run("--model", "per-pixel-plus", "--steps", 1, "--output", tmp_path / "six")
+    run("--model", "per-pixel-plus", "--steps", 1, "--num-classes", 9, "--output", tmp_path / "nine",
+        "--init", tmp_path / "six" / "last.pt")
+    assert "skipped: query_pos.weight\n" in capsys.readouterr().out
+    with pytest.raises(UserError, match="another model"):                # where queries are no classes
+        run("--queries", 9, "--steps", 1, "--output", tmp_path / "x", "--init", tmp_path / "six" / "last.pt")
+
+
+def test_a_run_is_saved_before_each_of_its_tests(tmp_path, monkeypatch):
+    steps = []
+    monkeypatch.setattr(train, "test", lambda model, images, folder, step, args: steps.append(
+        (step, torch.load(folder / "last.pt", weights_only=True)["step"])) or {"mIoU": 0.})
+    monkeypatch.setattr(train, "table_of_classes", lambda *_: "")
+    run("--steps", 5, "--eval-every", 2, "--save-every", 100, "--output", tmp_path)
+    assert steps == [(2, 2), (4, 4), (5, 5)]
+
+
 @pytest.mark.parametrize("model", ["per-pixel", "per-pixel-plus"])
 def test_the_baselines_train_and_score(tmp_path, model):
     run("--steps", 2, "--model", model, "--output", tmp_path)
@@ -281,6 +299,18 @@ def test_own_photos_get_a_label_map_an_overlay_and_segments(tmp_path, monkeypatc
     command(monkeypatch, "--checkpoint", tmp_path / "last.pt", "--images", tmp_path / "photo.jpg", "--save", tmp_path / "out")
     assert Image.open(tmp_path / "out" / "semantic" / "photo.png").size == (50, 40)
     assert (tmp_path / "out" / "panoptic.json").exists() and (tmp_path / "out" / "overlay" / "photo.jpg").exists()
+
+
+def test_a_folder_stands_for_the_photos_in_it_even_for_one_pixel(tmp_path, monkeypatch):
+    run("--steps", 1, "--output", tmp_path / "run")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "notes.txt").write_text("no photo")
+    for name, size in (("b.JPG", (1, 1)), ("a.png", (7, 300))):
+        Image.new("RGB", size, "red").save(tmp_path / "photos" / name)
+    command(monkeypatch, "--checkpoint", tmp_path / "run/last.pt", "--images", tmp_path / "photos",
+            "--save", tmp_path / "out")
+    sizes = {path.name: Image.open(path).size for path in (tmp_path / "out/semantic").iterdir()}
+    assert sizes == {"a.png": (7, 300), "b.png": (1, 1)}
 
 
 def test_a_dataset_of_another_class_count_is_refused(tmp_path, monkeypatch):
