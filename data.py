@@ -390,7 +390,7 @@ def read_panoptic_png(annotation, folder):
     segment_map = np.searchsorted(listed, ids).clip(max=len(segments))
     wrong = np.unique(ids[listed[segment_map] != ids]).tolist()
     if wrong:
-        raise UserError(f"{folder / name} holds the segment ids {wrong[:10]} that its entry in the json lacks")
+        raise UserError(f"{folder / name} holds the segment ids {wrong[:10]} that its json entry lacks")
     class_of = dict(enumerate(segments[:, 1].tolist(), 1))
     crowd = (np.flatnonzero(segments[:, 2]) + 1).tolist()
     return segment_map.astype(np.uint8 if len(segments) <= 255 else np.int32), class_of, crowd
