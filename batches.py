@@ -93,7 +93,7 @@ class Batch(NamedTuple):
         """-> [B, H, W] int64: the class of each pixel, or `void`."""
         ids_at_most = 2 ** 8 if self.segment_maps.dtype == torch.uint8 else 2 ** 16
         table = torch.full((len(self.images), ids_at_most), void, device=self.ids.device)
-        table[self.owner.to(self.ids.device), self.ids] = self.labels
+        table[self.owner.to(self.ids.device, non_blocking=True), self.ids] = self.labels
         return table.gather(1, self.segment_maps.flatten(1).long()).view(self.segment_maps.shape)
 
 
@@ -104,7 +104,8 @@ def seed_of(*numbers):
 
 class TrainingSamples(Dataset):
     """An endless stream of augmented samples: the n-th is a function of (seed, n) and nothing else. Task
-    "semantic" merges the segments of a class, crowds too. Other crowds and emptied segments are dropped."""
+    "semantic" merges the segments of a class, crowds too; "panoptic" drops crowds. Segments that the crop
+    emptied are dropped."""
 
     def __init__(self, dataset, augment, seed=0, task="panoptic"):
         self.dataset, self.augment, self.seed, self.task = dataset, augment, seed, task

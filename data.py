@@ -359,7 +359,7 @@ def coco_format(images, maps, json_file):
         pairs = [(file_of.get(annotation["image_id"]), listed_segments(annotation, file_of, class_of_id))
                  for annotation in annotations]
         names, is_thing = zip(*((category["name"], bool(category["isthing"])) for category in categories))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
         problem = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{json_file} is not in COCO's panoptic format: {problem}") from error
     read = partial(read_panoptic_png, folder=maps)
@@ -377,8 +377,9 @@ def listed_segments(annotation, file_of, class_of_id):
         raise ValueError(f"{name} has segments of the categories {unknown}, which are not in its list")
     if len({segment["id"] for segment in segments}) < len(segments):
         raise ValueError(f"{name} has two segments of one id")
-    rows = sorted((s["id"], class_of_id[s["category_id"]], bool(s.get("iscrowd"))) for s in segments)
-    return name, np.array(rows, np.int64).reshape(-1, 3)
+    rows = [(s["id"], class_of_id[s["category_id"]], bool(s.get("iscrowd"))) for s in segments]
+    rows = np.array(rows, np.int64).reshape(-1, 3)
+    return name, rows[rows[:, 0].argsort()]
 
 
 def read_panoptic_png(annotation, folder):

@@ -399,7 +399,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--checkpoint", "--weights", required=True, metavar="FILE", help="a run's .pt, or released weights")
     add("--images", nargs="+", metavar="FILE", help="own photos, or folders of them, instead of a dataset")
-    add("--dataset", choices=DATASETS, help="default of this and the next flags: as in training")
+    add("--dataset", choices=DATASETS, help="default, also of --data-root and test sizes: as in training")
     add("--data-root")
     add("--split", default="val")
     for name in TEST_OPTIONS:
@@ -420,8 +420,10 @@ def main(argv=None):
         photos = SegmentationDataset([], state["classes"], state["is_thing"], None, numbers)
         folder, annotations = args.save or "predictions", []
         images = [path for given in map(Path, args.images)
-                  for path in (sorted(given.iterdir()) if given.is_dir() else [given])
-                  if path == given or path.suffix.lower() in IMAGE_SUFFIXES]
+                  for path in (sorted(given.glob("[!.]*.*")) if given.is_dir() else [given])
+                  if path == given or path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+        if not images:
+            raise UserError(f"--images {' '.join(args.images)}: no images in it; name a folder that has some")
         check(model, args.inference, folder, images)
         panoptic = type(model) is MaskFormer and "panoptic" in (config["task"], args.inference)
         for path in images[rank()::world_size()]:

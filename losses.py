@@ -30,7 +30,7 @@ def mask_classification_loss(class_logits, mask_logits, labels, masks, matches, 
     wanted = torch.full((L, B, Q), no_object, device=class_logits.device)
     wanted[layer, image, query] = labels[segment]
     weight = torch.ones(no_object + 1, device=class_logits.device)
-    weight[no_object] = no_object_weight
+    weight[no_object:] = no_object_weight
     # The weights of each layer add up to n + 0.1 (B Q - n), so L weighted means are one sum over one divisor.
     # NOTE 6: the released code divides by each process's own sum of weights; with n averaged over processes
     # the gradient does not depend on how a batch is split over them. On one process there is no difference,

@@ -68,7 +68,7 @@ def fixed_match(class_logits, mask_logits, labels, masks, owner,
     K, N, device = class_logits.shape[-1] - 1, len(labels), class_logits.device
     if Q != K:
         raise ValueError(f"fixed matching needs as many queries as classes, not {Q} queries and {K} classes")
-    owner, labels = owner.to(device), labels.to(device)
+    owner, labels = (x.to(device, non_blocking=True) for x in (owner, labels))
     if len((owner * K + labels).unique()) < N:
         raise ValueError("fixed matching: two segments of an image have the same class")
     layer = torch.arange(L, device=device).repeat_interleave(N)

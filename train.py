@@ -176,11 +176,11 @@ def training_step(step, batches, model, optimizer, scaler, args):
 
 # ---------------------------------------------------------------------------------------- start and log
 def start_from(model, source):
-    """--init: the weights of `source` but for a class head of another size -> names of what was skipped."""
+    """--init: the weights of `source` but a class head (baseline+: queries) of another size -> skipped."""
     state, own = load(source)[0].state_dict(), model.state_dict()
     fitting = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
     skipped = [name for name in sorted(own | state) if name not in fitting and "num_batches" not in name]
-    head = "to_class." if hasattr(model, "to_class") else "query_pos."   # per-pixel+: a query is a class
+    head = ("to_class.",) if hasattr(model, "to_class") else ("to_class.", "query_pos.")     # of baseline+
     wrong = [name for name in skipped if not name.startswith(head)]
     if wrong:
         raise UserError(f"--init {source}: another model than the flags describe: {', '.join(wrong[:4])} ..")

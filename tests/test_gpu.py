@@ -14,21 +14,20 @@ from torch.utils._pytree import tree_leaves
 import evaluate
 import train
 from batches import step_batches, training_batches
+from test_train import few_images, signals_as_before                     # noqa: F401
 
 ROOT, CPU, GPU = Path(__file__).parent.parent, torch.device("cpu"), torch.device("cuda", 0)
 MODELS = [("--model", "maskformer"), ("--model", "maskformer", "--encoder-layers", "1", "--task", "semantic"),
           ("--matching", "fixed", "--queries", "6", "--task", "semantic"), ("--model", "per-pixel"),
           ("--model", "per-pixel-plus")]
-FACTORIES = {"arange", "empty", "eye", "full", "ones", "rand", "tensor", "zeros"}
-INDEXING = {"__getitem__", "__setitem__"}                                # take indices from the CPU, too, and wait
-WAITING = INDEXING | {"__bool__", "__float__", "__index__", "__int__", "bincount", "item", "nonzero", "tolist",
-                      "unique"}
+WAITING = {"__bool__", "__float__", "__index__", "__int__", "bincount", "equal", "item", "masked_select", "nonzero",
+           "tolist", "unique"}
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
 
 class PretendedGpu(TorchFunctionMode):
     """Tensors with the attribute `pretended` say that they lie on the GPU, and so do results of them. `waits`
-    lists the lines that would wait for it. AssertionError where they meet CPU tensors of more than one value."""
+    lists the lines that would wait for it. AssertionError where they meet CPU tensors that are no scalars."""
 
     def __init__(self):
         super().__init__()
@@ -36,22 +35,22 @@ class PretendedGpu(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs, name = dict(kwargs or {}), function.__name__
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        tensors = tensors_in((args, kwargs))
         on_gpu = any(map(pretended, tensors))
         attribute = resolve_name(function) if name in ("__get__", "__set__") else ""
         if attribute in ("torch.Tensor.device.__get__", "torch.Tensor.is_cuda.__get__"):
             return (GPU if on_gpu else CPU) if "device" in attribute else on_gpu
         if name in ("to", "cpu"):
             return self.move(name, function, *args, **kwargs)
-        strangers = [x for x in tensors if x.dim() > 0 and not pretended(x)]
-        if on_gpu and (name in WAITING - INDEXING or name in INDEXING and reads_indices(args, strangers)):
-            self.note()
-        mixed = strangers if name not in INDEXING else strangers and not pretended(args[0])
-        assert not (on_gpu and mixed and not attribute), f"{name} mixes devices: {where()}"
+        indexed = name in ("__getitem__", "__setitem__") and pretended(args[0])      # by indices from the CPU, too
+        if on_gpu and name in WAITING or indexed and waits_for_indices(*args):
+            self.waits.append(where())
+        met = (args[0], args[2:]) if indexed else () if attribute else tensors
+        mixed = on_gpu and any(x.dim() > 0 and not pretended(x) for x in tensors_in(met))
+        numpy = on_gpu and name in ("__array__", "numpy") and not kwargs.get("force")
+        assert not mixed and not numpy, f"{name} mixes devices: {where()}"
         if kwargs.get("device") is not None:
             on_gpu = torch.device(kwargs.pop("device")) == GPU
-        elif name in FACTORIES:
-            on_gpu = False
         result = function(*args, **kwargs)
         for x in tree_leaves(result):
             if isinstance(x, torch.Tensor):
@@ -62,25 +61,26 @@ class PretendedGpu(TorchFunctionMode):
         """`to` and `cpu`."""
         devices = [a for a in (*args, kwargs.pop("device", None)) if isinstance(a, (str, torch.device))]
         to_gpu = torch.device(devices[0]) == GPU if devices else pretended(x) and name == "to"
-        if pretended(x) and not to_gpu:
-            self.note()
+        if pretended(x) != to_gpu and not (to_gpu and kwargs.get("non_blocking")):
+            self.waits.append(where())
         result = function(x, *(a for a in args if a not in devices), **kwargs) if name == "to" else x
         result = result.view_as(result) if result is x else result       # not the tensor that stays behind
         result.pretended = to_gpu
         return result
 
-    def note(self):
-        self.waits.append(where())
+
+def tensors_in(arguments):
+    return [x for x in tree_leaves(arguments) if isinstance(x, torch.Tensor)]
 
 
 def pretended(x):
     return getattr(x, "pretended", False)
 
 
-def reads_indices(args, strangers):
-    """Masks have to be counted, indices on the CPU to be sent."""
-    indices = [x for x in tree_leaves(args[1]) if isinstance(x, torch.Tensor)]
-    return any(x.dtype == torch.bool or any(x is other for other in strangers) for x in indices)
+def waits_for_indices(x, index, *value):
+    """Masks have to be counted, indices and (before torch 2.15) a number for one place sent from the CPU."""
+    number_sent = value and isinstance(index, int) and not isinstance(value[0], torch.Tensor)
+    return number_sent or any(x.dtype == torch.bool or not pretended(x) for x in tensors_in(index))
 
 
 def where():
@@ -95,7 +95,6 @@ def start(flags, device=CPU, batches=2):
     args = train.parse([*tiny, *flags])
     samples, test_set = train.load_datasets(args)
     parts, *_ = train.prepare(args, device, test_set.classes)
-    del test_set.pairs[4:]
     stream = training_batches(samples, step_batches(0, batches, 4), 0, device)
     return args, *parts.values(), test_set, [next(stream) for _ in range(batches)]
 
@@ -112,12 +111,15 @@ def pretend(model):
 
 def test_the_pretended_gpu_tells_mixtures_and_waits():
     with PretendedGpu() as gpu:
-        x, y = torch.arange(3).to(GPU), torch.arange(3)
+        x, y = torch.arange(3).to(GPU, non_blocking=True), torch.arange(3)
         assert (x + 1).is_cuda and x.device == torch.ones(2, device=GPU).device == GPU and not y.is_cuda
         assert x.cpu().device == CPU and len(gpu.waits) == 1
         assert x[y].is_cuda and x[x > 0].is_cuda and len(gpu.waits) == 3
         assert x.sum().item() == 3 and len(gpu.waits) == 4
-        for mixture in (lambda: x + y, lambda: y[x], lambda: torch.where(x > 0, x, y)):
+        x[0] = 0
+        assert y.to(GPU).is_cuda and len(gpu.waits) == 6
+        for mixture in (lambda: x + y, lambda: y[x], lambda: torch.where(x > 0, x, y), x.numpy,
+                        lambda: x.__setitem__(x, y)):
             with pytest.raises(AssertionError, match="mixes devices"):
                 mixture()
 
@@ -160,6 +162,8 @@ def test_evaluation_and_pictures_mix_no_devices(flags, more, monkeypatch, tmp_pa
 @needs_gpu
 @pytest.mark.parametrize("amp", train.AMP)
 def test_steps_on_the_gpu_have_the_losses_of_those_on_the_cpu(amp):
+    if amp == "bf16" and not torch.cuda.is_bf16_supported(False):
+        pytest.skip("a GPU without bf16")
     losses = []
     for device, precision in ((CPU, "off"), (GPU, amp)):
         args, model, optimizer, scaler, _, batches = start(["--amp", precision], device)
@@ -170,16 +174,20 @@ def test_steps_on_the_gpu_have_the_losses_of_those_on_the_cpu(amp):
 
 
 @needs_gpu
-def test_a_step_on_the_gpu_waits_for_the_matching_costs_only():
-    args, model, optimizer, scaler, _, batches = start([], GPU)
+@pytest.mark.parametrize("model", ["maskformer", "per-pixel", "per-pixel-plus"])
+def test_a_step_on_the_gpu_waits_for_the_matching_costs_only(model):
+    args, model, optimizer, scaler, _, batches = start(["--model", model], GPU)
     batches = [batch.to(GPU) for batch in batches]
     train.training_step(0, batches[:1], model, optimizer, scaler, args)
     torch.cuda.set_sync_debug_mode("warn")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        train.training_step(1, batches[1:], model, optimizer, scaler, args)
-    torch.cuda.set_sync_debug_mode("default")
-    assert [Path(w.filename).name for w in caught if "synchroniz" in str(w.message)] == ["matcher.py"]
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train.training_step(1, batches[1:], model, optimizer, scaler, args)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [Path(w.filename).name for w in caught if "synchroniz" in str(w.message)]
+    assert waits == ["matcher.py"] * (args.model == "maskformer")
 
 
 @needs_gpu

@@ -304,13 +304,17 @@ def test_own_photos_get_a_label_map_an_overlay_and_segments(tmp_path, monkeypatc
 def test_a_folder_stands_for_the_photos_in_it_even_for_one_pixel(tmp_path, monkeypatch):
     run("--steps", 1, "--output", tmp_path / "run")
     (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "notes.txt").write_text("no photo")
+    for name in ("notes.txt", "._a.png"):
+        (tmp_path / "photos" / name).write_text("no photo")
+    (tmp_path / "photos" / "x.png").mkdir()
     for name, size in (("b.JPG", (1, 1)), ("a.png", (7, 300))):
         Image.new("RGB", size, "red").save(tmp_path / "photos" / name)
     command(monkeypatch, "--checkpoint", tmp_path / "run/last.pt", "--images", tmp_path / "photos",
             "--save", tmp_path / "out")
     sizes = {path.name: Image.open(path).size for path in (tmp_path / "out/semantic").iterdir()}
     assert sizes == {"a.png": (7, 300), "b.png": (1, 1)}
+    with pytest.raises(UserError, match="no images"):
+        command(monkeypatch, "--checkpoint", tmp_path / "run/last.pt", "--images", tmp_path / "photos" / "x.png")
 
 
 def test_a_dataset_of_another_class_count_is_refused(tmp_path, monkeypatch):
