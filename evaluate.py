@@ -303,7 +303,7 @@ def overlay(image, segment_map, segments, classes, caption="", box=None):
     """image [3, H, W] uint8 under its named segments: stuff in the color of its class, every thing in its
     own, void as it is -> PIL picture, fitted into `box` (width, height)."""
     image, segment_map, centers = image.cpu().clone(), segment_map.cpu(), []
-    for segment in segments:                                             # one by one: photos are large
+    for segment in segments:     # one by one: torchvision's drawing takes 10 bytes a pixel for each mask
         mask = segment_map == segment["id"]
         if mask.any():
             hue = 0.618 * (segment["id"] + 0.5 if segment["isthing"] else segment["category_id"])
