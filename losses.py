@@ -1,7 +1,7 @@
 """What "right" means (MaskFormer, Eq. 1, Sec. 3.1 to 3.3, 4.1).
 
 Letters   B images · L decoder layers · Q queries · K classes · N ground-truth segments in the batch
-          H W image size · h w = H/4 W/4 · P = H W pixels · M matched pairs
+          H W image size · h w = H/4 W/4 · P pixels of a mask, here H W · M matched pairs
 Paper     L_mask-cls = ce + 20 focal + 1 dice; "no object" is label K
 
     ce, focal, dice = mask_classification_loss(class_logits, mask_logits, labels, masks, matches)
@@ -10,67 +10,71 @@ Paper     L_mask-cls = ce + 20 focal + 1 dice; "no object" is label K
 import torch
 import torch.nn.functional as F
 
-PIXELS_AT_ONCE = 2 ** 21, 2 ** 24     # upsampled pixels per chunk: CPU (fits its cache), GPU; bounds memory
+ELEMENTS_AT_ONCE = 2 ** 21, 2 ** 24   # upsampled logits at a time: CPU (fits its cache), GPU; bounds memory
 
 
 def mask_classification_loss(class_logits, mask_logits, labels, masks, matches, num_segments=None,
                              no_object_weight=0.1):
     """Eq. (1), unweighted, as three scalars (ce, focal, dice), each summed over the decoder layers.
 
-    class_logits [L, B, Q, K+1], mask_logits [L, B, Q, h, w], labels [N], masks [N, H, W] bool, matches: the
-    matcher's four vectors [M]. num_segments: N averaged over processes (default: this N).
+    class_logits [L, B, Q, K+1], mask_logits [L, B, Q, h, w], labels [N] in [0, K), masks [N, H, W] bool,
+    matches: the matcher's four vectors [M]. num_segments: N averaged over processes (default: this N).
     NOTE 5: void and padded pixels are background of every mask, as in the released code.
-    Only matched queries are upsampled to full size, and only PIXELS_AT_ONCE pixels at a time.
+    Only matched queries are upsampled to full size, and only ELEMENTS_AT_ONCE pixels at a time.
     """
     L, B, Q = class_logits.shape[:3]
     no_object = class_logits.shape[-1] - 1
-    n = torch.as_tensor(len(labels) if num_segments is None else num_segments, device=class_logits.device)
+    count = torch.as_tensor(len(labels) if num_segments is None else num_segments, device=class_logits.device)
     layer, image, query, segment = matches                               # each [M]
 
     wanted = torch.full((L, B, Q), no_object, device=class_logits.device)
-    wanted[layer, image, query] = labels[segment]
+    wanted[layer, image, query] = labels[segment].long()
     weight = torch.ones(no_object + 1, device=class_logits.device)
-    weight[no_object:] = no_object_weight
-    # The weights of each layer add up to n + 0.1 (B Q - n), so L weighted means are one sum over one divisor.
-    # NOTE 6: the released code divides by each process's own sum of weights; with n averaged over processes
-    # the gradient does not depend on how a batch is split over them. On one process there is no difference,
-    # unless an image has more segments than queries.
+    weight[no_object:] = no_object_weight                                # weight[-1] would wait for a GPU
+    # Each layer's weights add up to `total_weight`, so L weighted means are one sum over one divisor.
+    # NOTE 6: the released code divides by each process's own sum of weights; with a count averaged over
+    # processes the gradient does not depend on how a batch is split over them. On one process there is no
+    # difference, unless an image has more segments than queries.
+    total_weight = count + no_object_weight * (B * Q - count)
     ce = F.cross_entropy(class_logits.float().flatten(0, 2), wanted.flatten(), weight, reduction="sum")
-    ce = ce / (n + no_object_weight * (B * Q - n))
 
     focal, dice = mask_terms(mask_logits, masks, matches)
-    return ce, focal / n.clamp(min=1), dice / n.clamp(min=1)
+    return ce / total_weight.clamp(min=1e-9), focal / count.clamp(min=1), dice / count.clamp(min=1)
 
 
 def mask_terms(mask_logits, masks, matches):
-    """Focal and dice loss, each summed over the M pairs.
-
-    A few pairs at a time: their gradients are computed right away and kept at the logits' size, so that no
-    full-size tensor is stored for the backward pass or recomputed in it.
-    """
+    """Focal and dice loss, each summed over the M pairs."""
     layer, image, query, segment = matches
     matched = mask_logits[layer, image, query].float()                   # [M, h, w]
     rows, columns = (linear_upsampling(n, size, masks.device)            # [H, h], [W, w]
                      for n, size in zip(matched.shape[1:], masks.shape[1:]))
-    pairs_at_once = max(1, PIXELS_AT_ONCE[masks.is_cuda] // masks.shape[1:].numel())
-    terms, gradients = matched.new_zeros(2), matched.new_empty(2, *matched.shape)
-    by_pair = (matched.detach(), segment, *gradients)
-    for logits, s, *gradient in zip(*(x.split(pairs_at_once) for x in by_pair)):     # m pairs
-        with torch.enable_grad(), torch.autocast(logits.device.type, enabled=False):
-            x = (rows @ logits.requires_grad_() @ columns.T).flatten(1)  # [m, P]
-            t = masks[s].flatten(1).float()                              # [m, P]
-            for i, loss in enumerate((focal_loss, dice_loss)):
-                term = loss(x, t).sum()
-                gradient[i].copy_(torch.autograd.grad(term, logits, retain_graph=True)[0])
-                terms[i] += term.detach()
-    return terms + (gradients * (matched - matched.detach())).sum((1, 2, 3))         # adds 0 with a gradient
+    def terms_of(logits, segment):                                       # of m pairs: [m, h, w], [m]
+        x = (rows @ logits @ columns.T).flatten(1)                       # [m, P]
+        t = masks[segment].flatten(1).float()                            # [m, P]
+        return focal_loss(x, t).sum(), dice_loss(x, t).sum()
+    return sum_of_parts(terms_of, 2, matched, segment, masks.shape[1:].numel())
+
+
+def sum_of_parts(terms_of, num_terms, logits, index, full_size):
+    """The sum over i of the `num_terms` scalars terms_of(logits[i:i + m], index[i:i + m]), m at a time. Their
+    gradients are computed right away and kept at the logits' size, so that no upsampled tensor (`full_size`
+    elements for each i) is stored for the backward pass or recomputed in it."""
+    at_once = max(1, ELEMENTS_AT_ONCE[logits.is_cuda] // full_size)
+    terms, gradients = logits.new_zeros(num_terms), logits.new_zeros(num_terms, *logits.shape)
+    for part, i, *gradient in zip(*(x.split(at_once) for x in (logits.detach(), index, *gradients))):
+        part.requires_grad_(logits.requires_grad)                        # not when validating
+        with torch.autocast(logits.device.type, enabled=False):
+            for k, term in enumerate(terms_of(part, i)):
+                terms[k] += term.detach()
+                if logits.requires_grad:
+                    gradient[k].copy_(torch.autograd.grad(term, part, retain_graph=True)[0])
+    # The product adds 0 to the value, and makes `gradients` the gradient with respect to `logits`.
+    return terms + (gradients * (logits - logits.detach())).flatten(1).sum(1)
 
 
 def linear_upsampling(n, size, device):                                  # -> [size, n]
     """The matrix that stretches n values to `size`; bilinear upsampling is such a product along each axis.
-
-    (The gradient of F.interpolate is five times slower on CPUs and not deterministic on GPUs.)
-    """
+    (The gradient of F.interpolate is five times slower on CPUs and not deterministic on GPUs.)"""
     unit_vectors = torch.eye(n, device=device)[None]
     return F.interpolate(unit_vectors, size=size, mode="linear", align_corners=False)[0].T
 
@@ -92,12 +96,15 @@ def per_pixel_loss(pixel_logits, label_map, void=255, num_pixels=None):
     """Cross entropy of the per-pixel baselines (Sec. 3.1), mean over labelled pixels, summed over the layers.
 
     pixel_logits [L, B, K, h, w], upsampled 4x and cropped; label_map [B, H, W] of classes or `void` -> ce.
-    num_pixels: labelled pixels averaged over processes (default: this batch's).
+    num_pixels: labelled pixels averaged over processes (NOTE 6; default: this batch's).
     """
-    H, W = label_map.shape[-2:]
+    (L, B, K, h, w), (H, W) = pixel_logits.shape, label_map.shape[1:]
+    rows, columns = (linear_upsampling(n, 4 * n, label_map.device) for n in (h, w))
+
+    def ce_of(logits, image):                                            # of m maps: [m, K, h, w], [m]
+        x = rows[:H] @ logits @ columns[:W].T                            # [m, K, H, W]
+        return [F.cross_entropy(x, label_map[image].long(), ignore_index=void, reduction="sum")]
+    image = torch.arange(B, device=label_map.device).repeat(L)
+    ce = sum_of_parts(ce_of, 1, pixel_logits.float().flatten(0, 1), image, K * H * W)[0]
     n = (label_map != void).sum() if num_pixels is None else num_pixels
-    ce = 0
-    for logits in pixel_logits.float():                                  # one layer at a time: [B, K, h, w]
-        logits = F.interpolate(logits, scale_factor=4, mode="bilinear", align_corners=False)[..., :H, :W]
-        ce = ce + F.cross_entropy(logits, label_map.long(), ignore_index=void, reduction="sum")
-    return ce / torch.as_tensor(n, device=label_map.device).clamp(min=1)
+    return ce / torch.as_tensor(n, device=ce.device).clamp(min=1)

@@ -1,8 +1,8 @@
 """Which query is responsible for which segment (MaskFormer, Sec. 3.2).
 
 Letters   B images · L decoder layers · Q queries · K classes · N true segments in the batch, n in an image
-          H W image size · h w = H/4 W/4 · P = h w pixels · M matched pairs
-Paper     N is our Q · N^gt (per image) adds up to our N · sigma is the list of matched pairs
+          H W image size · h w = H/4 W/4 · P pixels of a mask, here h w · M matched pairs
+Paper     its N is our Q · its N^gt, over all images, is our N · sigma is the list of matched pairs
 
     layer, image, query, segment = hungarian_match(class_logits, mask_logits, labels, masks, owner)
 
@@ -20,12 +20,12 @@ def hungarian_match(class_logits, mask_logits, labels, masks, owner,
                     class_weight=1., focal_weight=20., dice_weight=1.):
     """The cheapest assignment of segments to queries, in each layer and image on its own.
 
-    class_logits [L, B, Q, K+1], mask_logits [L, B, Q, h, w], labels [N], masks [N, H, W] bool, owner [N] (the
-    image of each segment) -> layer, image, query, segment, each [M] int64 on the logits' device. If an image
-    has more segments than queries, the costliest stay unmatched, with a warning. Costs are float32; beyond
-    the inputs it needs about L Q (P + n) + N P floats, for the largest n. If `owner` is on the CPU,
-    there is one device-to-host copy. Raises FloatingPointError on a cost that is not finite, IndexError (on a
-    GPU it is CUDA's assertion) on a label that is not below K.
+    class_logits [L, B, Q, K+1], mask_logits [L, B, Q, h, w], labels [N] in [0, K), masks [N, H, W] bool,
+    owner [N], the image of each segment, such as [0, 0, 1] -> layer, image, query, segment, each [M] int64 on
+    the logits' device. If an image has more segments than queries, it matches Q of them, the cheapest in sum,
+    and warns. Costs are float32; beyond the inputs it needs about 6 L Q P + N P floats, or N H W bytes if
+    more. If `owner` is on the CPU, there is one device-to-host copy. Raises FloatingPointError on a cost that
+    is not finite, IndexError (on a GPU it is CUDA's assertion) on a label that is not below K.
     """
     L, B, Q = class_logits.shape[:3]
     class_prob = class_logits.float().softmax(-1)
@@ -37,7 +37,7 @@ def hungarian_match(class_logits, mask_logits, labels, masks, owner,
     for b, segments in enumerate(mine):
         segments = segments.to(small.device, non_blocking=True)
         x, t = mask_logits[:, b].flatten(2).float(), small[segments]     # [L, Q, P], [n, P]
-        prob = class_prob[:, b, :, :-1][..., labels[segments]]           # [L, Q, n]
+        prob = class_prob[:, b, :, :-1][..., labels[segments].long()]    # [L, Q, n]
         with torch.autocast(x.device.type, enabled=False):
             cost = (focal_weight * pairwise_focal(x, t) + dice_weight * pairwise_dice(x, t)
                     - class_weight * prob)                               # [L, Q, n]
@@ -68,7 +68,7 @@ def fixed_match(class_logits, mask_logits, labels, masks, owner,
     K, N, device = class_logits.shape[-1] - 1, len(labels), class_logits.device
     if Q != K:
         raise ValueError(f"fixed matching needs as many queries as classes, not {Q} queries and {K} classes")
-    owner, labels = (x.to(device, non_blocking=True) for x in (owner, labels))
+    owner, labels = (x.to(device, torch.long, non_blocking=True) for x in (owner, labels))
     if len((owner * K + labels).unique()) < N:
         raise ValueError("fixed matching: two segments of an image have the same class")
     layer = torch.arange(L, device=device).repeat_interleave(N)

@@ -158,6 +158,16 @@ def test_a_backbone_without_strides_4_to_32_is_refused_by_name(name):
         Backbone(name, pretrained=False)
 
 
+@pytest.mark.parametrize("backbone", ["resnet18", "test_resnet"])        # plain norms, norms with activation
+def test_frozen_batch_norms_do_not_end_autocast(backbone):
+    images, model = pictures(), Backbone(backbone, pretrained=False, freeze_bn=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        features = copy.deepcopy(model)(images)
+    for x, expected in zip(features, model(images)):
+        assert x.dtype == torch.bfloat16 and expected.dtype == torch.float32
+        assert (x - expected).norm() < 0.03 * expected.norm()
+
+
 def test_frozen_batch_norms_stay_frozen_in_training():
     model = small(freeze_bn=True).train()
     state = copy.deepcopy(model.state_dict())

@@ -367,7 +367,7 @@ def test_fewer_than_one_segment_per_process_counts_as_one():
 
 
 def loss_and_gradients(pixels_at_once, monkeypatch):
-    monkeypatch.setattr(losses, "PIXELS_AT_ONCE", (pixels_at_once, None))
+    monkeypatch.setattr(losses, "ELEMENTS_AT_ONCE", (pixels_at_once, None))
     class_logits, mask_logits, *targets = problem()
     class_logits.requires_grad_(), mask_logits.requires_grad_()
     loss = total_loss((class_logits, mask_logits), *targets)
@@ -442,12 +442,32 @@ def test_gradients_of_the_mask_terms_are_those_of_autograd_through_all_masks_at_
                                    torch.autograd.grad(direct, mask_logits, retain_graph=True))
 
 
-def test_losses_need_no_gradient_mode():
-    targets = problem()
-    matches = hungarian_match(*targets)
-    expected = mask_classification_loss(*targets[:4], matches)
-    with torch.no_grad():
-        assert mask_classification_loss(*targets[:4], matches) == expected
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_losses_need_no_gradient_mode(mode):
+    class_logits, mask_logits, *targets = problem()
+    matches = hungarian_match(class_logits, mask_logits, *targets)
+    expected = mask_classification_loss(class_logits, mask_logits.requires_grad_(), *targets[:2], matches)
+    pixel_logits, label_map = torch.randn(L, B, K, h, w), torch.randint(K, (B, 4 * h, 4 * w))
+    expected_ce = per_pixel_loss(pixel_logits, label_map)
+    with mode():
+        assert mask_classification_loss(class_logits, mask_logits, *targets[:2], matches) == expected
+        assert per_pixel_loss(pixel_logits, label_map) == expected_ce
+
+
+def test_labels_may_have_any_integer_type():
+    *logits, labels, masks, owner = problem()
+    matches = hungarian_match(*logits, labels, masks, owner)
+    expected = mask_classification_loss(*logits, labels, masks, matches)
+    for dtype in (torch.uint8, torch.int16, torch.int32):                # uint8 as an index would be a mask
+        assert all(map(torch.equal, hungarian_match(*logits, labels.to(dtype), masks, owner), matches))
+        assert mask_classification_loss(*logits, labels.to(dtype), masks, matches) == expected
+
+
+def test_no_weight_at_all_is_no_loss_and_not_nan():
+    class_logits, mask_logits, *targets = problem(owner=())
+    matches = hungarian_match(class_logits, mask_logits, *targets)
+    losses = mask_classification_loss(class_logits, mask_logits, *targets[:2], matches, no_object_weight=0)
+    assert losses == (0, 0, 0)
 
 
 def test_pixels_of_no_segment_are_background_of_every_mask():
@@ -518,6 +538,27 @@ def test_per_pixel_loss_raises_on_a_label_out_of_range(label):
     label_map[1, 3, 2] = label
     with pytest.raises((IndexError, ValueError)):
         per_pixel_loss(torch.randn(L, B, K, h, w), label_map)
+
+
+@pytest.mark.parametrize("elements_at_once", [1, 2 * K * H * W, 2 ** 24])
+def test_gradients_of_the_per_pixel_loss_are_those_of_autograd_through_full_size_scores(elements_at_once,
+                                                                                       monkeypatch):
+    monkeypatch.setattr(losses, "ELEMENTS_AT_ONCE", (elements_at_once, None))
+    logits, label_map = torch.randn(L, B, K, h, w, requires_grad=True), torch.randint(K, (B, 4 * h - 1, 4 * w - 2))
+    label_map[0, :5] = 255
+    scores = F.interpolate(logits.flatten(0, 1), scale_factor=4, mode="bilinear")[..., :-1, :-2]
+    direct = L * F.cross_entropy(scores, label_map.repeat(L, 1, 1), ignore_index=255)
+    ours = per_pixel_loss(logits, label_map)
+    torch.testing.assert_close(ours, direct)
+    torch.testing.assert_close(torch.autograd.grad(ours, logits), torch.autograd.grad(direct, logits))
+
+
+def test_the_per_pixel_loss_keeps_no_upsampled_scores_for_the_backward_pass():
+    logits, label_map = torch.randn(L, B, K, 16, 16, requires_grad=True), torch.randint(K, (B, 64, 64))
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        loss = per_pixel_loss(logits, label_map)
+    kept = {x.tensor.data_ptr(): x.tensor.untyped_storage().nbytes() for x in Kept.alive}
+    assert loss.requires_grad and 0 < sum(kept.values()) < B * K * 64 * 64 * 4 / 2
 
 
 def test_per_pixel_loss_takes_another_void():
