@@ -13,7 +13,7 @@ Another dataset is one more function that returns a `SegmentationDataset`, and a
 """
 import cmath
 import colorsys
-import errno
+import glob
 import json
 import math
 import os
@@ -81,7 +81,10 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
 def read_lines(path):
-    lines = path.read_text(encoding="utf-8-sig").split("\n")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8 text ({error}): save it as UTF-8") from error
     return [line.strip() for line in lines if line.strip()]
 
 
@@ -89,14 +92,13 @@ def pair_files(images, annotations, ending="", new_ending=".png", names=None):
     """[(image, annotation)]: an annotation is named like its image, with another ending. names: the JPEGs to
     take, in this order (default: all images whose names end in `ending`, sorted)."""
     images.stat(), annotations.stat()                                    # FileNotFoundError if not there
-    files = sorted(images.rglob(f"[!.]*{ending}")) if names is None else [images / f"{n}.jpg" for n in names]
-    stems = [path.relative_to(images).as_posix().removesuffix(ending or path.suffix) for path in files]
-    pairs = [(path, annotations / (stem + new_ending)) for path, stem in zip(files, stems)
-             if path.suffix.lower() in IMAGE_SUFFIXES]
+    found = glob.glob(f"**/*{ending}", root_dir=images, recursive=True)  # follows links, skips .hidden ones
+    files = sorted(found) if names is None else [f"{name}.jpg" for name in names]
+    pairs = [(images / file, annotations / (file.removesuffix(ending or Path(file).suffix) + new_ending))
+             for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
     missing = [str(path) for pair in pairs for path in pair if not path.exists()]
     if missing:
-        raise FileNotFoundError(errno.ENOENT, f"{len(missing)} files are missing for {len(pairs)} images",
-                                missing[0])
+        raise FileNotFoundError(2, f"{len(missing)} files are missing for {len(pairs)} images", missing[0])
     return pairs
 
 
@@ -105,9 +107,9 @@ def open_image(path):
     try:
         with Image.open(path) as image:
             image.load()
-            return image
+            return ImageOps.exif_transpose(image)                        # turned as its EXIF entry says
     except Exception as error:                                           # a broken file can raise anything
-        raise UserError(f"{path} cannot be read as an image ({error}): replace it") from error
+        raise UserError(f"{path} cannot be read as an image ({error}): check or replace it") from error
 
 
 def read_image(path):
@@ -115,7 +117,7 @@ def read_image(path):
     image = open_image(path)
     if image.mode[0] in "IF":
         raise UserError(f"{path} has more than 8 bits per channel: save it with 8")
-    return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    return np.array(image.convert("RGB"))
 
 
 def read_labels(path):
@@ -194,8 +196,8 @@ def build_dataset(name, root=None, split="train", **options):
     try:
         dataset = DATASETS[name](root, split, **options)
     except FileNotFoundError as error:
-        nearest = next(folder for folder in Path(error.filename).absolute().parents if folder.is_dir())
-        found = ", ".join(sorted(os.listdir(nearest))[:12]) or "nothing"
+        nearest = next(folder for folder in Path(error.filename).resolve().parents if folder.is_dir())
+        found = ", ".join(sorted(glob.glob("*", root_dir=nearest))[:12]) or "nothing"
         raise FileNotFoundError(f"{error}. Found in {nearest}: {found}. Expected below {root}: "
                                 f"{layout_of(name)}") from None
     if len(dataset) == 0:
@@ -236,7 +238,7 @@ PARTS = {"train": "training", "val": "validation"}
 
 def ade20k(root, split, panoptic=False):
     """ADEChallengeData2016/{images,annotations}/{training,validation}/X.{jpg,png}, objectInfo150.txt there;
-    for panoptic segmentation also annotations_instance/{training,validation}/X.png"""
+    for panoptic segmentation also annotations_instance/{training,validation}/X.png (or try --download)"""
     root, part, values = root / "ADEChallengeData2016", PARTS[split], range(1, 151)
     pairs = pair_files(root / "images" / part, root / "annotations" / part)
     classes = [f"class {value}" for value in values]
@@ -272,7 +274,7 @@ def ade20k_full(root, split):
         index = ArrayUnpickler(file).load()
     no_part = np.asarray(index["objectPresence"]) > np.asarray(index["objectIsPart"])    # [objects, images]
     training = np.array(["training" in name.split("/") for name in index["folder"]])
-    # The 847 that both splits have, in the index's order; released weights may have been trained in another.
+    # The 847 that both splits have, in the index's order; released weights were trained in another.
     kept = no_part[:, training].any(1) & no_part[:, ~training].any(1)
     values = (np.flatnonzero(kept) + 1).tolist()
     names = [index["objectnames"][value - 1] for value in values]
@@ -334,7 +336,7 @@ def coco_stuff_10k(root, split):
 
 def coco_panoptic(root, split):
     """coco/{train,val}2017/X.jpg, coco/annotations/panoptic_{train,val}2017.json, and the PNGs in
-    panoptic_{train,val}2017/ in coco or coco/annotations"""
+    panoptic_{train,val}2017/ in coco or coco/annotations (or try --download)"""
     root, name = root / "coco", f"panoptic_{split}2017"
     maps = root / name if (root / name).exists() else root / "annotations" / name
     return coco_format(root / f"{split}2017", maps, root / "annotations" / f"{name}.json")
@@ -352,13 +354,13 @@ def coco_format(images, maps, json_file):
         content = json.loads(json_file.read_text(encoding="utf-8"))
         categories = sorted(content["categories"], key=lambda category: category["id"])
         class_of_id = {category["id"]: k for k, category in enumerate(categories)}   # ids have gaps
-        if not 0 < len(class_of_id) == len(categories):
-            raise ValueError(f"the categories have the ids {[category['id'] for category in categories]}")
+        if not 0 < len(class_of_id) == len(categories) or not class_of_id.keys() <= {*range(2 ** 16)}:
+            raise ValueError(f"categories need different ids, 0..65535, not {[c['id'] for c in categories]}")
         file_of = {image["id"]: images / image["file_name"] for image in content["images"]}
         annotations = sorted(content["annotations"], key=lambda annotation: annotation["image_id"])
         pairs = [(file_of.get(annotation["image_id"]), listed_segments(annotation, file_of, class_of_id))
                  for annotation in annotations]
-        names, is_thing = zip(*((category["name"], bool(category["isthing"])) for category in categories))
+        names, is_thing = zip(*((str(c["name"]), bool(int(c["isthing"]))) for c in categories))
     except (KeyError, OverflowError, TypeError, ValueError) as error:
         problem = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{json_file} is not in COCO's panoptic format: {problem}") from error
@@ -391,7 +393,7 @@ def read_panoptic_png(annotation, folder):
     segment_map = np.searchsorted(listed, ids).clip(max=len(segments))
     wrong = np.unique(ids[listed[segment_map] != ids]).tolist()
     if wrong:
-        raise UserError(f"{folder / name} holds the segment ids {wrong[:10]} that its json entry lacks")
+        raise UserError(f"{folder / name}: its json entry lacks the ids (R + 256 G + 65536 B) {wrong[:10]}")
     class_of = dict(enumerate(segments[:, 1].tolist(), 1))
     crowd = (np.flatnonzero(segments[:, 2]) + 1).tolist()
     return segment_map.astype(np.uint8 if len(segments) <= 255 else np.int32), class_of, crowd
@@ -405,7 +407,8 @@ def fit(size, short_side, max_long_side=math.inf):
 
 
 def resized(image, segment_map, short_side, max_long_side=math.inf):
-    """-> both, with sides as `fit` tells; the ids of segments stay what they are."""
+    """-> both, with sides as `fit` tells. NOTE 8: torch's "nearest" shifts a map by up to half a pixel,
+    as in the released code on semantic data; its panoptic maps are resized by Pillow, which does not."""
     resize = v2.Resize(fit(image.shape[-2:], short_side, max_long_side))
     return resize(tv_tensors.Image(image), tv_tensors.Mask(segment_map))
 

@@ -11,8 +11,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
-import math
-import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import shutil
 import signal
@@ -155,6 +154,7 @@ def hear_signals():
     for number in STOP_SIGNALS:                                          # a library's thread may get it
         signal.signal(number, lambda *_: heard.append(True))
     if os.name == "posix":
+        multiprocessing.resource_tracker.ensure_running()                # started later, it unblocks SIGTERM
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
     def asked_to_stop():
@@ -167,7 +167,7 @@ def hear_signals():
 def start_folder(args, first):
     """Makes the folder of a run and config.json: every flag, the versions, the git revision. -> its path.
     Log rows after step `first` are dropped: what a killed run did after its last checkpoint is redone."""
-    numbers = (f"runs/{args.dataset}-{number:03d}" for number in range(1, 1000))
+    numbers = (f"runs/{args.dataset}-{number:03d}" for number in range(1, 10 ** 9))
     folder = Path(args.output or next(path for path in numbers if not Path(path).exists()))
     if rank() > 0:
         return folder                                                    # in which process 0 alone writes
@@ -281,7 +281,7 @@ def fetch(url, archive, checksum):
     part = archive.with_name(f"{archive.name}.part")
 
     def report(blocks, block_size, total):
-        free = shutil.disk_usage(archive.parent).free if blocks == 0 else math.inf
+        free = shutil.disk_usage(archive.parent).free if blocks == 0 else 2 * total
         if 2 * total > free:
             raise UserError(f"needs {2 * total / 1e9:.1f} GB, also to unpack it; {archive.parent} has "
                             f"{free / 1e9:.1f}")

@@ -58,7 +58,7 @@ def parse(argv=None):
     add("--color-distortion", action=switch, default=True)
     add("--backbone-lr-factor", type=float, help="default: 0.1 if pretrained (Swin: 1), else 1")
     add("--schedule", default="poly", choices=["poly", "step"])
-    add("--milestones", type=int, nargs="*", default=[], help="where the step schedule divides by 10")
+    add("--milestones", type=int, nargs="*", default=[], help="of --schedule step: where it divides by 10")
     add("--amp", default="auto", choices=["auto", *AMP], help="auto: bf16 on GPUs that have it")
     add("--compile", action=switch, default=False)
     add("--output", metavar="DIR", help="default: the next free runs/DATASET-001")
@@ -87,11 +87,12 @@ def check(args):
     mistakes = [
         (args.resume and not args.output, "--resume needs the --output to continue"),
         (used and not args.resume, f"{args.output} holds a run: choose another --output, or add --resume"),
-        (args.batch_size % (world_size() * args.accumulate),
-         f"--batch-size {args.batch_size} is not divisible by {world_size()} processes x --accumulate "
-         f"{args.accumulate}"),
+        (args.data_root and args.dataset == "shapes", "--data-root needs a --dataset other than shapes"),
+        (args.batch_size % (world_size() * args.accumulate), f"--batch-size {args.batch_size} is not "
+         f"divisible by {world_size()} processes x --accumulate {args.accumulate}"),
         (args.dim % 32 or args.dim % args.heads,
          f"--dim {args.dim} is not divisible by 32 and by --heads {args.heads}"),
+        (args.matching == "fixed" and args.model != "maskformer", "--matching is for --model maskformer"),
         (args.num_classes and args.dataset != "shapes" and not used, "--num-classes is for --dataset shapes"),
         (args.augmentation == "crop" and not args.crop, "--augmentation crop needs a --crop H W")]
     for made, message in mistakes:
@@ -197,8 +198,7 @@ def write_log(folder, args, step, terms, seconds, data_seconds):
         raise FloatingPointError("the loss or its gradient is not finite")
     if rank() > 0:
         return
-    means = {name: round(mean, 5) for name, mean in zip(names, means) if math.isfinite(mean)}
-    row = {"step": step} | means | {
+    row = {"step": step} | {name: round(x, 5) for name, x in zip(names, means) if math.isfinite(x)} | {
         "lr": args.lr * lr_factor(step - 1, args), "images_per_s": round(n * args.batch_size / seconds, 2),
         "data_time": round(data_seconds / n, 4), "memory_gb": round(memory / 2 ** 30, 2)}
     log_row(folder, row)
@@ -321,7 +321,7 @@ def train(args, device):
             terms.append(training_step(step, batches, parallel, optimizer, scaler, args))
             stops = asked_to_stop()
             saves = stops or done == args.steps or 0 in (done % args.save_every, done % args.eval_every)
-            if saves or done % args.log_every == 0:
+            if saves or done == 1 or done % args.log_every == 0:
                 write_log(folder, args, done, terms, time.time() - clock, data_seconds)
                 terms, clock, data_seconds = [], time.time(), 0.
         except FloatingPointError as error:

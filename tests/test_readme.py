@@ -24,9 +24,9 @@ def test_the_printed_forward_is_the_code():
     assert printed in "\n".join(line[4:] for line in (ROOT / "maskformer.py").read_text().split("\n"))
 
 
-@pytest.mark.parametrize("command", re.findall(r"^(?:python|torchrun [^\n]*?) train\.py[^\n#]*", README, re.M))
+@pytest.mark.parametrize("command", re.findall(r"^(?:python|torchrun [^\n]*?) train\.py(?:[^\n#\\]|\\\n)*", README, re.M))
 def test_training_commands_are_understood(command):
-    args = train.parse(shlex.split(command.split("train.py")[1]))
+    args = train.parse(shlex.split(command.replace("\\\n", "").split("train.py")[1]))
     assert args.steps > 0 and args.dataset in data.DATASETS
 
 
