@@ -102,6 +102,13 @@ def put(name, image, **options):
     return lambda root: image.save(root / name, **options)
 
 
+def broken_exif():
+    """Says: turn me; and holds a resolution that is no number."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0128] = 6, "inch"
+    return exif
+
+
 def cut(name):
     """Half of the file."""
     return lambda root: (root / name).write_bytes((root / name).read_bytes()[:(root / name).stat().st_size // 2])
@@ -111,6 +118,7 @@ FOLDER = {
     "no folder": (remove(""), ["/data/classes.txt", "Expected below", "images/{train,val}/X.jpg"]),
     "no classes.txt": (remove("classes.txt"), ["/data/classes.txt", "Found in", "annotations, images", "Expected below"]),
     "no class": (write("classes.txt"), ["/data/classes.txt", "no class", "in each line"]),
+    "classes.txt in UTF-16": (write("classes.txt", "sky\nroad\ncar".encode("utf-16")), ["/data/classes.txt", "save it as UTF-8"]),
     "no images of a split": (remove("images/val"), ["/images/val", "Found in", ": train."]),
     "no annotations": (remove("annotations"), ["/annotations/train", "Found in", "Expected below"]),
     "a split without an image": (lambda root: [remove(f"images/val/{i}.jpg")(root) for i in range(2)],
@@ -121,6 +129,7 @@ FOLDER = {
 IN_THE_FILES = {
     "a truncated image": (cut("images/train/0.jpg"), ["train/0.jpg", "runcated", "replace it"]),
     "a text called image": (write("images/train/0.jpg", b"<html>"), ["train/0.jpg", "cannot identify", "replace it"]),
+    "a broken EXIF entry": (put("images/train/0.jpg", picture(), exif=broken_exif()), ["train/0.jpg", "replace it"]),
     "an empty image": (write("images/val/1.jpg"), ["val/1.jpg", "replace it"]),
     "an empty annotation": (write("annotations/train/0.png"), ["annotations/train/0.png", "replace it"]),
     "a truncated annotation": (cut("annotations/train/0.png"), ["annotations/train/0.png", "replace it"]),
@@ -221,6 +230,8 @@ PANOPTIC = {
     "no PNGs": (remove("panoptic_train"), ["panoptic_train", "Found in"]),
     "an annotation of no image": (edit(lambda c: c["annotations"][0].update(image_id=77)), ["panoptic_train.json", "0.png", "image 77"]),
     "two categories of one id": (edit(lambda c: c["categories"][1].update(id=7)), ["panoptic_train.json", "[7, 7]"]),
+    "an id of a category that no label map can hold": (edit(lambda c: c["categories"][1].update(id=70_000)),
+                                                       ["panoptic_train.json", "[7, 70000]", "0..65535"]),
     "no category": (edit(lambda c: c["categories"].clear()), ["panoptic_train.json", "categories"]),
     "an unknown category": (edit(lambda c: segment(c, category_id=8)), ["panoptic_train.json", "0.png", "categories {8}"]),
     "two segments of one id": (edit(lambda c: segment(c, id=5)), ["panoptic_train.json", "0.png", "two segments"]),
@@ -363,6 +374,8 @@ FLAGS = {
     "--batch-size 5 --accumulate 2": ["--batch-size 5", "--accumulate 2", "not divisible"],
     "--resume": ["--resume", "--output"], "--matching fixed": ["--task semantic", "--queries 6"],
     "--matching fixed --task semantic --queries 5": ["--queries 6"],
+    "--model per-pixel --matching fixed": ["--matching", "--model maskformer"],
+    "--data-root data": ["--data-root", "--dataset", "shapes"],
     "--dataset folder --num-classes 3": ["--num-classes", "--dataset shapes"],
     "--dataset coco-panoptic --augmentation crop": ["--augmentation crop", "--crop H W"],
     "--download": ["shapes", "cannot be fetched"], "--dataset imagenet": ["'imagenet'", "ade20k"],

@@ -1,4 +1,5 @@
 """What is guaranteed of data.py: datasets, augmentation, batching."""
+import colorsys
 import json
 import os
 import re
@@ -11,7 +12,7 @@ from PIL import Image
 
 import data
 import batches
-from batches import Augmentation, TrainingSamples, collate, merge_classes, step_batches
+from batches import Augmentation, DetrAugmentation, TrainingSamples, collate, merge_classes, step_batches
 from data import build_dataset, resized
 from evaluate import ConfusionMatrix, PanopticQuality
 
@@ -112,6 +113,17 @@ def test_a_folder_of_images_and_index_pngs_is_a_dataset(tmp_path):
     assert image.shape == (3, H, W) and image.dtype == torch.uint8 and name == "b" and crowd == []
     assert class_of == {1: 0, 2: 1, 3: 2}
     assert segment_map.tolist() == blocks(1, 3, 2, 0).tolist()           # 255 is void
+
+
+def test_images_behind_links_count_and_hidden_ones_do_not(tmp_path):
+    make_folder(tmp_path / "data")
+    make_folder(tmp_path / "elsewhere")
+    for kind in ("images", "annotations"):
+        (tmp_path / "data" / kind / "val" / "town").symlink_to(tmp_path / "elsewhere" / kind / "val")
+        (tmp_path / "data" / kind / "val" / ".cache").symlink_to(tmp_path / "elsewhere" / kind / "val")
+    names = [path.relative_to(tmp_path / "data").as_posix() for path, _ in build_dataset("folder", tmp_path / "data", "val").pairs]
+    own = [name for name in names if "town" not in name]
+    assert own and sorted(names) == sorted(own + [name.replace("val/", "val/town/") for name in own])
 
 
 def test_a_folder_image_is_read_as_it_is(tmp_path):
@@ -410,6 +422,42 @@ def test_colour_distortion_changes_colours_and_nothing_else():
     assert changed >= 6
 
 
+def test_each_colour_distortion_has_a_coin_of_its_own_and_its_limit():
+    augment, grey, red = Augmentation([8], 8, (8, 8)), [], []
+    for seed in range(200):
+        torch.manual_seed(seed)
+        for color, seen in (((100, 100, 100), grey), ((210, 90, 90), red)):
+            image = torch.tensor(color, dtype=torch.uint8)[:, None, None].repeat(1, 8, 8)
+            seen.append(augment(image, torch.zeros(8, 8, dtype=torch.uint8))[0][:, 0, 0].tolist())
+    levels = [r for r, g, b in grey]                                     # of a plain grey image brightness is all
+    assert 70 < levels.count(100) < 130 and 86 <= min(levels) < 92 and 108 < max(levels) <= 113
+    hues = [(colorsys.rgb_to_hsv(*color)[0] + 0.5) % 1 - 0.5 for color in red]
+    assert 70 < sum(abs(hue) < 0.005 for hue in hues) < 130 and 0.08 < max(map(abs, hues)) <= 0.12
+
+
+def test_detrs_augmentation_crops_half_of_the_time_within_its_limits_and_keeps_image_and_map_together(monkeypatch):
+    resizes, flipped, sides, crops = [], set(), set(), []
+    def noting(image, segment_map, short_side, *limit):
+        resizes.append((list(image.shape[1:]), short_side))
+        return resized(image, segment_map, short_side, *limit)
+    monkeypatch.setattr(batches, "resized", noting)
+    augment = DetrAugmentation([50, 80], 100)
+    for seed in range(60):
+        torch.manual_seed(seed)
+        resizes.clear()
+        ours, mine = augment(*marked(120, 180))
+        assert resizes[0][0] == [120, 180] and list(ours.shape[1:]) == data.fit(*resizes[-1], 100)
+        assert ((ours[0].int() - 40 * mine.int()).abs() > 20).float().mean() < 0.1
+        flipped.add(bool(mine[0].int().diff().sum() < 0))
+        if len(resizes) == 2:                                            # else it was not cropped
+            (_, side), (crop, _) = resizes
+            sides.add(side)
+            crops.append(crop)
+            assert 384 <= crop[0] <= side and 384 <= crop[1] <= 600
+    assert flipped == {True, False} and sides == {400, 500, 600} and 20 < len(crops) < 40
+    assert min(map(min, crops)) < 400 and max(map(max, crops)) > 575
+
+
 def test_test_size_is_the_short_side_unless_the_long_side_gets_too_long():
     assert list(data.fit((100, 200), 50, 1000)) == [50, 100]
     assert list(data.fit((200, 100), 50, 80)) == [80, 40]
@@ -584,12 +632,3 @@ def test_maps_of_different_integer_types_make_one_batch():
     samples = [random_sample(6, 9, [1], [2]), random_sample(6, 9, [700], [0], dtype=torch.int32)]
     masks = collate(samples).masks()
     assert torch.equal(masks[0], samples[0][1] == 1) and torch.equal(masks[1], samples[1][1] == 700)
-
-
-def test_recipes_are_those_of_the_paper():
-    recipe = data.RECIPES["ade20k"]
-    assert recipe["short_side"] == [int(0.1 * k * 512) for k in range(5, 21)]
-    assert (recipe["crop"], recipe["batch_size"], recipe["steps"]) == ((512, 512), 16, 160_000)
-    assert (recipe["test_short_side"], recipe["test_max_long_side"]) == (512, 2048)
-    assert recipe["max_long_side"] == 2048
-    assert set(data.RECIPES) == set(data.DATASETS)

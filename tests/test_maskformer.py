@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models.swin_transformer import SwinTransformerBlock
 from torch import nn
 
 import maskformer
@@ -93,6 +94,15 @@ def test_each_swin_map_is_normalised_and_no_resnet_map_is():
     assert max(rates) == pytest.approx(0.3)
 
 
+def test_swin_maps_are_padded_to_whole_windows_and_then_shifted():
+    body = maskformer.create_body("swin_tiny_patch4_window7_224", False)
+    block = [m for m in body.modules() if isinstance(m, SwinTransformerBlock)][1]
+    assert block.shift_size == (3, 3)
+    x = torch.randn(B, 10, 13, 96)
+    padded = F.pad(x, (0, 0, 0, 1, 0, 4))                                # [B, 14, 14, 96]: timm pads no more
+    torch.testing.assert_close(block._attn(x), SwinTransformerBlock._attn(block, padded)[:, :10, :13])
+
+
 def test_images_may_be_uint8_or_float():
     model = small().eval()
     for ours, theirs in zip(model(pictures()), model(pictures().float())):
@@ -150,6 +160,12 @@ def test_pretrained_backbones_start_from_the_papers_weights(monkeypatch, name, w
 def test_released_r101c_is_wider_than_timms_so_that_no_imagenet_weights_fit():
     with pytest.raises(ValueError, match="--no-pretrained"):
         Backbone("resnet101c", pretrained=True)
+
+
+def test_in_released_r101c_the_blocks_of_the_last_stage_have_dilations_1_2_4():
+    with torch.device("meta"):
+        convs = [block.conv2 for block in maskformer.create_body("resnet101c", False).layer4]
+    assert [conv.dilation for conv in convs] == [conv.padding for conv in convs] == [(1, 1), (2, 2), (4, 4)]
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224"])
@@ -485,6 +501,15 @@ def test_a_segment_survives_if_its_visible_share_is_not_below_the_threshold():
         assert [s["id"] for s in segments] == list(range(1, len(kept) + 1))
 
 
+def test_masks_are_resized_before_they_become_probabilities():
+    torch.manual_seed(0)
+    class_logits, mask_logits = sure_of(7, 2, 8, 2), 4 * torch.randn(4, 5, 6)
+    resized = F.interpolate(mask_logits[None], size=(19, 23), mode="bilinear", align_corners=False)[0]
+    segment_map, segments = panoptic_inference(class_logits, mask_logits, IS_THING, 0.8, 0.1, size=(19, 23))
+    expected = panoptic_inference(class_logits, resized, IS_THING, 0.8, 0.1)
+    assert torch.equal(segment_map, expected[0]) and segments == expected[1] and len(segments) == 3
+
+
 def test_all_is_void_where_no_query_is_sure():
     for class_logits in (torch.zeros(Q, K + 1), sure_of(*[K] * Q), sure_of(*[(3, 0.79)] * Q),
                          torch.zeros(0, K + 1)):
@@ -494,6 +519,14 @@ def test_all_is_void_where_no_query_is_sure():
     segment_map, segments = panoptic_inference(sure_of((3, 0.79)), stripes((0, 12)), IS_THING,
                                                object_threshold=0.78)
     assert len(segments) == 1 and (segment_map == 1).all()
+
+
+def test_a_class_must_be_surer_than_its_threshold_and_a_mask_of_one_half_has_an_area():
+    class_logits = torch.full((1, K + 1), -torch.inf)
+    class_logits[0, [7, K]] = 0.                                         # exactly 1/2
+    for threshold, kept in ((0.5, []), (0.49, [7])):
+        segment_map, segments = panoptic_inference(class_logits, torch.zeros(1, 4, 6), IS_THING, threshold)
+        assert [s["category_id"] for s in segments] == kept and (segment_map == len(kept)).all()
 
 
 def test_a_mask_below_one_half_everywhere_is_no_segment():

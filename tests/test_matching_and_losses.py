@@ -214,7 +214,7 @@ def test_logits_that_are_not_finite_raise_floating_point_error(value, which):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_logits_match_as_the_same_numbers_in_float32_do(dtype):
-    class_logits, mask_logits, *targets = problem()
+    class_logits, mask_logits, *targets = problem(scale=0.001)           # close costs, whose order halves lose
     class_logits, mask_logits = class_logits.to(dtype), mask_logits.to(dtype)
     half = hungarian_match(class_logits, mask_logits, *targets)
     assert as_set(half) == as_set(hungarian_match(class_logits.float(), mask_logits.float(), *targets))

@@ -1,17 +1,18 @@
 """What is guaranteed of the metrics and of the way from logits to them (evaluate.py; Sec. 3.4, 4)."""
 import colorsys
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from torchvision.utils import draw_segmentation_masks
 
 import evaluate
-from batches import merge_classes
-from data import build_dataset
+from data import SegmentationDataset, build_dataset
 from evaluate import ConfusionMatrix, PanopticQuality
 from maskformer import panoptic_inference, semantic_inference
 
@@ -335,6 +336,111 @@ def test_flip_mirrors_the_input_and_the_answer_back():
     assert all(label[0, x].item() in pair for x in range(72) for pair in answers if x // 8 in pair)
 
 
+class ColorsModel(StripesModel):
+    """Query q sees where channel q is bright and says class q; in large images, less sure, it confuses them."""
+
+    def forward(self, images):
+        class_logits, _ = super().forward(images)
+        bright = F.interpolate(images, scale_factor=0.25)[None] > 128    # [1, 1, 3, h, w]
+        large = images.shape[-2] >= 60
+        return class_logits[:, :, :3], torch.where(bright.flip(2) if large else bright, 0.4 if large else 9., -9.)
+
+
+def test_scores_of_all_scales_and_mirror_images_are_added_up_where_they_belong():
+    model, truth = ColorsModel(0), (torch.arange(160) // 40).clamp(max=2).expand(80, 160)
+    image = 255 * F.one_hot(truth, 3).permute(2, 0, 1).to(torch.uint8)
+    label, _, _ = evaluate.predict(model, image, [True] * K, 40, 60, scales=(0.5, 1., 2.), flip=True)
+    assert label[:, 20::40].tolist() == [[0, 1, 2, 2]] * 80              # far from borders
+    # of scale 1, then every scale and its mirror image; the long side is limited to 60 times the scale
+    assert [tuple(x.shape[2:]) for x in model.seen] == [(30, 60), (15, 30), (15, 30), (30, 60), (60, 120), (60, 120)]
+
+
+def test_inference_panoptic_takes_classes_from_the_segments_and_each_threshold_has_its_own_place():
+    model, image = StripesModel(0), torch.randint(256, (3, 40, 72), dtype=torch.uint8)
+    for thresholds, kept in (((0.5, 1.), True), ((1., 0.), False)):      # no class is surer than 1
+        label, _, segments = evaluate.predict(model, image, [True] * K, 40, 400, *thresholds, inference="panoptic")
+        assert len(segments) == 9 * kept
+        assert torch.equal(label, (torch.arange(72) // 8).expand(40, 72) if kept else torch.full((40, 72), 255))
+
+
+def test_images_are_shrunk_as_pillow_shrinks_them():
+    model, image = StripesModel(0), torch.randint(256, (3, 120, 216), dtype=torch.uint8)
+    evaluate.predict(model, image, [True] * K, 40, 400)
+    expected = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((72, 40), Image.BILINEAR)
+    assert (model.seen[0][0].permute(1, 2, 0) - torch.from_numpy(np.array(expected))).abs().max() <= 1
+
+
+def test_scores_of_the_baselines_are_upsampled_four_times_and_cropped_as_in_their_loss():
+    logits = torch.randn(1, 1, K, 10, 18)
+    model = StripesModel(0)
+    model.forward = lambda images: logits
+    _, scores = evaluate.network_output(model, torch.zeros(3, 38, 71, dtype=torch.uint8), (38, 71))
+    expected = F.interpolate(logits[0], scale_factor=4, mode="bilinear", align_corners=False)[0, :, :38, :71]
+    torch.testing.assert_close(scores, expected)
+
+
+class OneImage:
+    """A thing and a crowd of its class; what `evaluate` needs of a dataset."""
+    classes, is_thing, panoptic, pairs = [""] * K, IS_THING, True, [("x.png", None)]
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return torch.zeros(3, 1, 4, dtype=torch.uint8), torch.tensor([[1, 1, 2, 2]]), {1: 7, 2: 7}, [2], "x"
+
+
+def test_a_crowd_that_is_not_found_costs_nothing(monkeypatch):
+    monkeypatch.setattr(evaluate, "MaskFormer", StripesModel)
+    found = torch.full((1, 4), 7), torch.tensor([[1, 1, 0, 0]]), [segment(1, 7)]
+    monkeypatch.setattr(evaluate, "predict", lambda *_, **__: found)
+    metrics = evaluate.evaluate(StripesModel(0), OneImage())
+    assert metrics["PQ"] == metrics["mIoU"] == 100
+
+
+class FiveImages(OneImage):
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        return torch.full((3, 1, 4), index, dtype=torch.uint8), *super().__getitem__(index)[1:]
+
+
+def test_processes_share_the_images_of_an_evaluation(monkeypatch):
+    seen = [], []
+    monkeypatch.setattr(evaluate, "world_size", lambda: 2)
+    for process in range(2):
+        monkeypatch.setattr(evaluate, "rank", lambda: process)
+        monkeypatch.setattr(evaluate, "predict", lambda model, image, *_, **__: seen[process].append(int(image.max())) or (
+            torch.zeros(1, 4, dtype=torch.long), None, None))
+        evaluate.evaluate(StripesModel(0), FiveImages())
+    assert seen == ([0, 2, 4], [1, 3])
+
+
+def test_saved_segments_are_in_cocos_format_with_the_publishers_numbers(tmp_path):
+    dataset = SegmentationDataset([], ["a", "b", "c"], [True] * 3, None, [7, 8, 33], True, {"x": 42})
+    segment_map = torch.tensor([[1, 300, 300, 0]], dtype=torch.int32)
+    segments = [{"id": 1, "category_id": 0, "isthing": True}, {"id": 300, "category_id": 2, "isthing": True}]
+    label, image = torch.tensor([[0, 2, 2, 255]]), torch.zeros(3, 1, 4, dtype=torch.uint8)
+    annotation, = evaluate.save_prediction(tmp_path, "x", image, dataset, label, segment_map, segments)
+    with Image.open(tmp_path / "panoptic/x.png") as png:
+        assert np.array(png).tolist() == [[[1, 0, 0], [44, 1, 0], [44, 1, 0], [0, 0, 0]]]    # 300 = 44 + 256
+    assert (annotation["image_id"], annotation["file_name"]) == (42, "x.png")
+    assert [(s["id"], s["category_id"], s["area"]) for s in annotation["segments_info"]] == [(1, 7, 1), (300, 33, 2)]
+
+
+def test_the_json_of_segments_holds_the_annotations_of_all_processes(tmp_path, monkeypatch):
+    def gather(parts, mine):
+        parts[:] = [mine, [{"image_id": 2}]]
+    monkeypatch.setattr(evaluate, "world_size", lambda: 2)
+    monkeypatch.setattr(evaluate.dist, "all_gather_object", gather)
+    dataset = SegmentationDataset([], ["a", "b"], [True, False], None, [7, 33])
+    evaluate.save_coco_json(tmp_path, dataset, [{"image_id": 1}])
+    content = json.loads((tmp_path / "panoptic.json").read_text())
+    assert content["annotations"] == [{"image_id": 1}, {"image_id": 2}]
+    assert [(c["id"], c["isthing"]) for c in content["categories"]] == [(7, 1), (33, 0)]
+
+
 def test_some_classes_or_rows_at_a_time_give_the_same_labels(monkeypatch):
     scores = [torch.rand(20, 7, 9), torch.rand(20, 13, 17)]
     whole = sum(F.interpolate(x[None], size=(19, 23), mode="bilinear")[0] for x in scores).argmax(0)
@@ -347,11 +453,6 @@ def test_some_classes_or_rows_at_a_time_give_the_same_labels(monkeypatch):
         assert torch.equal(evaluate.semantic_map(class_logits, mask_logits), whole)
     assert whole.unique().numel() > 5
 
-
-def test_merged_classes_are_what_semantic_truth_is():
-    segment_map = torch.tensor([[3, 3, 5], [7, 0, 9]])
-    merged, class_of = merge_classes(segment_map, {3: 4, 5: 4, 7: 0, 9: 2})
-    assert merged.tolist() == [[5, 5, 5], [1, 0, 3]] and class_of == {5: 4, 1: 0, 3: 2}
 
 
 def test_an_overlay_is_torchvisions_one_segment_at_a_time():

@@ -185,6 +185,13 @@ def test_files_from_before_the_pixel_decoder_had_a_name_load_too(state, model):
     assert official_to_ours(old, model).keys() == official_to_ours(state, model).keys()
 
 
+def test_the_released_fpn_counts_from_fine_to_coarse():
+    for theirs, ours in ((1, 2), (2, 1), (3, 0)):
+        names = [f"sem_seg_head.pixel_decoder.{part}_{theirs}.weight" for part in ("adapter", "layer")]
+        assert [*translate({name: np.zeros(3) for name in names})] == [
+            f"pixel_decoder.{part}.{ours}.0.weight" for part in ("project", "fuse")]
+
+
 @pytest.mark.parametrize("name", ["backbone.res3.1.conv2.norm.running_var",
                                   "sem_seg_head.pixel_decoder.adapter_2.weight",
                                   "sem_seg_head.predictor.transformer.decoder.layers.5.norm3.bias"])
@@ -228,6 +235,14 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, protocol):
         file.write_bytes(pickle.dumps({"model": {"weight": np.zeros(3), "x": attack}}, protocol))
         with pytest.raises(ValueError, match=f"{file} is refused: .* neither a numpy array nor a plain"):
             load_official(file)
+    assert not trace.exists()
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
+    trace, file = tmp_path / "trace", tmp_path / "last.pt"
+    torch.save({"model": Attack(os.system, f"touch {trace}")}, file)
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        evaluate.load(file)
     assert not trace.exists()
 
 
@@ -329,6 +344,21 @@ def test_released_weights_are_tested_as_their_dataset_is_whatever_the_files_name
     config = evaluate.load("model_final_123456.pkl")[1]["config"]
     assert (config["dataset"], config["test_short_side"], config["object_threshold"]) == (dataset, side, threshold)
     assert (config["task"] == "panoptic") == ("panoptic" in dataset)
+
+
+@pytest.mark.parametrize("classes, encoder_layers, width, side, things", [
+    (150, 0, 96, 512, 0), (150, 0, 128, 640, 0), (150, 1, 64, 640, 100), (133, 0, 128, 800, 80), (133, 1, 64, 800, 80)])
+def test_large_swins_see_larger_images_of_ade20k_and_panoptic_weights_know_their_things(monkeypatch, classes, encoder_layers,
+                                                                                       width, side, things):
+    model = MaskFormer(classes, "test_resnet", False, 2, dim=32, decoder_layers=1, encoder_layers=encoder_layers)
+    model.backbone.nhwc, model.backbone.channels = width > 64, [width]
+    monkeypatch.setattr(evaluate, "load_official", lambda source: model)
+    state = evaluate.load("model_final_123456.pkl")[1]
+    assert (state["config"]["test_short_side"], sum(state["is_thing"])) == (side, things)
+    if classes == 150 and things:
+        assert state["is_thing"][:10] == [False] * 7 + [True, True, False]       # .. road, bed, windowpane, grass
+    if classes == 133:
+        assert state["is_thing"] == [k < 80 for k in range(133)]
 
 
 def test_results_of_images_with_the_same_name_would_overwrite_each_other():

@@ -158,6 +158,13 @@ def test_loader_workers_go_when_their_run_is_killed(tmp_path):
     assert len(loaders) >= 2 and alive(loaders, within=20) == []
 
 
+def test_signals_stay_blocked_for_workers_that_are_spawned():
+    code = ("import run, signal; from multiprocessing import resource_tracker; run.hear_signals(); "
+            "resource_tracker.ensure_running(); print(run.STOP_SIGNALS <= signal.pthread_sigmask(signal.SIG_BLOCK, []))")
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert result.stdout == "True\n", result.stderr
+
+
 def test_two_processes_stop_at_the_same_step_and_one_goes_on_with_their_samples_and_rates(tmp_path):
     folder = tmp_path / "run"
     pair = [start(folder, "--steps", 12, rank=rank, before=slow_steps) for rank in range(2)]

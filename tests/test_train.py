@@ -1,11 +1,14 @@
 """Training: what a run guarantees, on one process and on two."""
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,13 +17,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
 from torch import nn
+from torchvision.transforms import v2
 
 import evaluate
 import train
 from batches import Batch, TrainingSamples, collate, step_batches
 from data import RECIPES, Shapes, UserError
 from evaluate import load
+from losses import mask_classification_loss
 from maskformer import MaskFormer
+from matcher import hungarian_match
 from run import STOP_SIGNALS
 
 ROOT = Path(__file__).parent.parent
@@ -96,11 +102,18 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(tmp_path):
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
-def test_a_used_output_is_refused_and_left_alone(tmp_path):
-    (tmp_path / "config.json").write_text("mine")
-    with pytest.raises(UserError, match="holds a run"):
-        run("--steps", 1, "--output", tmp_path)
-    assert (tmp_path / "config.json").read_text() == "mine"
+
+def test_the_first_step_is_logged_so_that_its_time_is_known_early(tmp_path):
+    run("--steps", 6, "--log-every", 5, "--output", tmp_path)
+    assert [row["step"] for row in log_of(tmp_path) if "loss" in row] == [1, 5, 6]
+
+
+@pytest.mark.parametrize("name", ["truth", "semantic", "panoptic"])
+def test_an_image_may_be_called_like_a_caption(tmp_path, name):
+    images = original(split="val", length=1)
+    images.pairs = [(name, None)]
+    evaluate.draw_predictions(tiny_model().eval(), images, tmp_path / "x.png", test_short_side=64, test_max_long_side=96)
+    assert Image.open(tmp_path / "x.png").size == (4 * 320, 240)
 
 
 def test_runs_without_output_get_folders_of_their_own(tmp_path, monkeypatch):
@@ -191,6 +204,148 @@ def test_rates_and_decay_of_the_recipe():
     assert [round(train.lr_factor(s, steps), 6) for s in (99, 100, 200)] == [1, 0.1, 0.01]
 
 
+def test_what_a_recipe_does_not_say_is_as_in_the_paper():
+    args = train.parse(["--dataset", "ade20k"])
+    assert (args.queries, args.dim, args.decoder_layers, args.encoder_layers) == (100, 256, 6, 0)
+    assert (args.heads, args.ffn_dim, args.freeze_bn) == (8, 2048, True)
+    assert (args.class_weight, args.focal_weight, args.dice_weight, args.no_object_weight) == (1, 20, 1, 0.1)
+    assert (args.dropout, args.weight_decay, args.object_threshold, args.overlap_threshold) == (0.1, 1e-4, 0.8, 0.8)
+    assert (args.size_divisibility, args.schedule, args.warmup) == (32, "poly", 0)
+
+
+def test_norms_embeddings_and_relative_positions_do_not_decay_and_all_else_does():
+    args, undecayed = train.parse(["--dataset", "ade20k"]), 0
+    for backbone in ("swin_tiny_patch4_window7_224", "resnet18"):
+        with torch.device("meta"):
+            model = MaskFormer(5, backbone, False, encoder_layers=1)
+        groups = train.parameter_groups(model, args)
+        decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+        for name, parameter in model.named_parameters():
+            exempt = re.search(r"norm|bn\d|downsample\.1|query_pos|relative_position|decoder\.(stem|\w+\.\d)\.1\.", name)
+            assert decay.pop(id(parameter)) == (0 if exempt else 1e-4), name
+        assert not decay
+
+
+def step(model, number=0, scaled=False, batches=None, **flags):
+    """One training step -> rates of the two groups, gradient as the optimizer gets it, the step's scalars."""
+    args = train.parse([str(part) for name, value in flags.items() for part in ("--" + name.replace("_", "-"), value)])
+    args.num_classes, found = 6, []
+    optimizer = torch.optim.AdamW(train.parameter_groups(model, args))
+    optimizer.step = lambda: found.append(torch.cat([p.grad.flatten().clone() for p in model.parameters()]))
+    scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+    terms = train.training_step(number, batches or [shapes_batch(range(2))], model, optimizer, scaler, args)
+    return [group["lr"] / group["rate"] for group in optimizer.param_groups], found[0], terms
+
+
+def test_a_step_takes_the_rate_of_its_own_number():
+    model = tiny_model()
+    for number, factor in ((0, 1e-6), (1, 0.25 * 0.9 ** 0.9), (4, 0.6 ** 0.9), (9, 0.1 ** 0.9)):
+        factors, *_ = step(model, number, steps=10, warmup=4)
+        assert factors == pytest.approx([factor] * len(factors), rel=1e-5) and len(factors) > 2
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_gradient_of_the_whole_model_is_clipped_after_unscaling(scaled):
+    (_, clipped, terms), (_, free, _) = (step(tiny_model(), scaled=scaled, clip=most) for most in (0.01, 1e9))
+    assert terms["grad_norm"] == pytest.approx(free.norm().item(), rel=1e-4) and free.norm() > 0.1
+    torch.testing.assert_close(clipped, free * 0.01 / free.norm(), rtol=1e-3, atol=1e-8)
+
+
+def test_every_step_and_process_has_a_dropout_of_its_own(monkeypatch):
+    seeds, model = [], tiny_model()
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    for process in range(2):
+        monkeypatch.setattr(train, "rank", lambda: process)
+        for number in range(3):
+            step(model, number)
+    assert len(set(seeds)) == 6
+
+
+def test_weights_of_the_flags_reach_matching_and_loss(monkeypatch):
+    model, batch, given = tiny_model(), shapes_batch(range(2)), []
+    monkeypatch.setattr(train, "hungarian_match", lambda *args: given.append(args) or hungarian_match(*args))
+    *_, terms = step(model, batches=[batch], class_weight=3, focal_weight=5, dice_weight=7, no_object_weight=0.6)
+    ce, focal, dice = mask_classification_loss(*given[0][:4], hungarian_match(*given[0]), no_object_weight=0.6)
+    assert given[0][5:] == (3, 5, 7)
+    for name, value in (("loss_ce", ce), ("loss_mask", focal), ("loss_dice", dice), ("matched_dice", 1 - dice / 2),
+                        ("loss", 3 * ce + 5 * focal + 7 * dice)):
+        torch.testing.assert_close(terms[name], value.detach())
+
+
+def test_processes_wait_for_one_another_in_the_last_pass_of_a_step_only(monkeypatch):
+    model, passes = tiny_model(), []
+    @contextlib.contextmanager
+    def no_sync():
+        passes.append("alone")
+        yield
+    model.no_sync = no_sync
+    model.register_forward_hook(lambda *_: passes.append("pass"))
+    monkeypatch.setattr(train, "world_size", lambda: 2)
+    step(model, batches=[shapes_batch([i]) for i in range(3)], accumulate=3)
+    assert passes == ["alone", "pass", "alone", "pass", "pass"]
+
+
+def test_the_optimizer_is_adamw():
+    args = train.parse([*TINY, "--no-pretrained"])
+    args.num_classes = 6
+    parts, *_ = train.prepare(args, torch.device("cpu"), [""] * 6)
+    assert type(parts["optimizer"]) is torch.optim.AdamW
+
+
+def test_overfitting_trains_and_tests_on_the_same_few_images_as_they_are():
+    samples, test_set = train.load_datasets(train.parse(["--overfit", "3"]))
+    truth = {name: image for image, *_, name in map(test_set.__getitem__, range(len(test_set)))}
+    drawn = [samples[n] for n in range(6)]
+    assert [*truth] == ["00000", "00001", "00002"] and {name for *_, name in drawn} == set(truth)
+    assert all(torch.equal(image, truth[name]) for image, *_, name in drawn)
+
+
+def test_color_distortion_is_a_flag():
+    for flag, kind in (("--color-distortion", v2.Compose), ("--no-color-distortion", v2.Identity)):
+        samples, _ = train.load_datasets(train.parse([flag]))
+        assert type(samples.augment.distort) is kind
+
+
+def test_a_checkpoint_is_loaded_with_its_batch_norms_frozen_or_not():
+    for flag, frozen in (("--freeze-bn", True), ("--no-freeze-bn", False)):
+        model = evaluate.build_model(vars(train.parse([*TINY, flag])), 6)            # not pretrained, as by `load`
+        assert any("num_batches" in name for name in model.state_dict()) != frozen
+
+
+def test_the_baselines_count_labelled_pixels():
+    batch = shapes_batch(range(2), emptied=[1])
+    labelled = (batch.segment_maps[0] > 0).sum()
+    assert train.target_count([batch, batch], train.parse(["--model", "per-pixel"])) == labelled > 0
+
+
+def test_a_resumed_run_goes_on_with_its_loss_scale(tmp_path):
+    args = train.parse([*TINY, "--no-pretrained", "--amp", "fp16", "--output", str(tmp_path), "--resume"])
+    args.num_classes = 6
+    parts, *_ = train.prepare(args, torch.device("cpu"), [""] * 6)
+    parts["scaler"].scale(torch.ones(()))
+    parts["scaler"].update(8.)
+    dataset = SimpleNamespace(classes=[""] * 6, is_thing=[False] * 6)
+    train.save_checkpoint(tmp_path / "last.pt", parts, 1, 0., args, dataset)
+    assert train.prepare(args, torch.device("cpu"), [""] * 6)[0]["scaler"].get_scale() == 8
+
+
+def test_a_log_row_holds_the_means_since_the_last_one(tmp_path):
+    args, terms = train.parse([]), [{"loss": torch.tensor(x), "grad_norm": torch.tensor(3 * x)} for x in (1., 2., 6.)]
+    train.write_log(tmp_path, args, 7, terms, 1., 0.5)
+    row, = log_of(tmp_path)
+    assert (row["step"], row["loss"], row["grad_norm"]) == (7, 3, 9)
+
+
+def test_processes_share_batch_norm_statistics_before_a_test_and_go_on_in_training_mode(monkeypatch):
+    model, shared = MaskFormer(6, "test_resnet", False, 7, dim=32, decoder_layers=1, heads=2, ffn_dim=64), []
+    monkeypatch.setattr(train, "world_size", lambda: 2)
+    monkeypatch.setattr(train, "rank", lambda: 1)
+    monkeypatch.setattr(train.dist, "broadcast", lambda buffer, source: shared.append((id(buffer), source)))
+    monkeypatch.setattr(train, "evaluate", lambda model, *_, **__: shared.append(model.training))
+    train.test(model.train(), None, None, 1, train.parse([]))
+    assert shared == [*((id(buffer), 0) for buffer in model.buffers()), False] and model.training
+
+
 @pytest.mark.parametrize("dataset", RECIPES)
 def test_a_recipe_is_the_default_also_of_a_resumed_run(tmp_path, dataset):
     given = ["--dataset", dataset, "--output", str(tmp_path)]
@@ -249,7 +404,7 @@ def one_of_two(rank, port, path, emptied):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("emptied", [([], []), ([0], []), ([], [0, 1])], ids=["full", "one image empty", "one process empty"])
+@pytest.mark.parametrize("emptied", [([], []), ([], [0, 1])], ids=["full", "one process empty"])
 def test_two_processes_have_the_gradient_of_one(tmp_path, emptied):
     batch = shapes_batch(range(4), [*emptied[0], *(b + 2 for b in emptied[1])])
     assert len(set(torch.bincount(batch.owner, minlength=4).view(2, 2).sum(1).tolist())) == 2      # unequal counts
@@ -259,11 +414,6 @@ def test_two_processes_have_the_gradient_of_one(tmp_path, emptied):
     split = torch.load(tmp_path / "gradient.pt", weights_only=True)
     assert (whole - split).norm() < 1e-5 * whole.norm()
 
-
-def test_the_order_of_samples_does_not_depend_on_the_number_of_processes():
-    one = [numbers for numbers in step_batches(3, 6, 8)]
-    two = [list(step_batches(3, 6, 8, rank, 2)) for rank in range(2)]
-    assert [list(batch) for batch in one] == [[*a, *b] for a, b in zip(*two)]
 
 
 def test_torchrun_with_two_processes_trains_evaluates_and_ends(tmp_path):
@@ -291,6 +441,17 @@ def test_a_checkpoint_is_evaluated_and_its_predictions_saved(tmp_path, monkeypat
     for kind in ("semantic", "panoptic", "overlay"):
         assert len(list((tmp_path / "out" / kind).iterdir())) == 4
     assert "PQ" in json.loads((tmp_path / "out" / "metrics.json").read_text())
+
+
+def test_flags_of_an_evaluation_reach_it_and_come_before_those_of_the_run(monkeypatch):
+    given, state = {}, dict(config=vars(train.parse([])) | {"task": "panoptic"}, classes=[""] * 6, is_thing=[False] * 6)
+    monkeypatch.setattr(evaluate, "load", lambda source: (tiny_model(), state))
+    monkeypatch.setattr(evaluate, "evaluate", lambda model, images, *args, **options: given.update(
+        options, args=args) or {"IoU": []})
+    command(monkeypatch, "--checkpoint", "x.pt", "--scales", 0.5, 1.5, "--flip", "--object-threshold", 0.3,
+            "--test-short-side", 48, "--inference", "panoptic")
+    assert given == dict(scales=[0.5, 1.5], flip=True, object_threshold=0.3, overlap_threshold=0.8, test_short_side=48,
+                         test_max_long_side=96, args=("panoptic", None, 0, "panoptic"))
 
 
 def test_own_photos_get_a_label_map_an_overlay_and_segments(tmp_path, monkeypatch):
