@@ -2,6 +2,9 @@
 import colorsys
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +18,8 @@ import evaluate
 from data import SegmentationDataset, build_dataset
 from evaluate import ConfusionMatrix, PanopticQuality
 from maskformer import panoptic_inference, semantic_inference
+
+ROOT = Path(__file__).parent.parent
 
 K = 11
 IS_THING = [k >= 6 for k in range(K)]
@@ -453,6 +458,15 @@ def test_some_classes_or_rows_at_a_time_give_the_same_labels(monkeypatch):
         assert torch.equal(evaluate.semantic_map(class_logits, mask_logits), whole)
     assert whole.unique().numel() > 5
 
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
+def test_classes_of_a_large_photo_need_little_memory():
+    code = ("import evaluate, torch; from resource import RUSAGE_SELF, getrusage; scores = torch.rand(150, 375, 500); "
+            "before = getrusage(RUSAGE_SELF).ru_maxrss; evaluate.best_class([scores], (1500, 2000)); "
+            "print(getrusage(RUSAGE_SELF).ru_maxrss - before)")
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert int(result.stdout) < 400_000, result.stderr                   # KiB; all scores at once: 1,800,000
 
 
 def test_an_overlay_is_torchvisions_one_segment_at_a_time():
