@@ -67,7 +67,7 @@ def sum_of_parts(terms_of, num_terms, logits, index, full_size):
             for k, term in enumerate(terms_of(part, i)):
                 terms[k] += term.detach()
                 if logits.requires_grad:
-                    gradient[k].copy_(torch.autograd.grad(term, part, retain_graph=True)[0])
+                    gradient[k].copy_(torch.autograd.grad(term, part, retain_graph=k + 1 < num_terms)[0])
     # The product adds 0 to the value, and makes `gradients` the gradient with respect to `logits`.
     return terms + (gradients * (logits - logits.detach())).flatten(1).sum(1)
 
