@@ -196,7 +196,7 @@ def build_dataset(name, root=None, split="train", **options):
     try:
         dataset = DATASETS[name](root, split, **options)
     except FileNotFoundError as error:
-        nearest = next(folder for folder in Path(error.filename).resolve().parents if folder.is_dir())
+        nearest = next(folder for folder in Path(os.path.realpath(error.filename)).parents if folder.is_dir())
         found = ", ".join(sorted(glob.glob("*", root_dir=nearest))[:12]) or "nothing"
         raise FileNotFoundError(f"{error}. Found in {nearest}: {found}. Expected below {root}: "
                                 f"{layout_of(name)}") from None

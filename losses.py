@@ -20,7 +20,7 @@ def mask_classification_loss(class_logits, mask_logits, labels, masks, matches, 
     class_logits [L, B, Q, K+1], mask_logits [L, B, Q, h, w], labels [N] in [0, K), masks [N, H, W] bool,
     matches: the matcher's four vectors [M]. num_segments: N averaged over processes (default: this N).
     NOTE 5: void and padded pixels are background of every mask, as in the released code.
-    Only matched queries are upsampled to full size, and only ELEMENTS_AT_ONCE pixels at a time.
+    Only matched queries are upsampled to full size, and only ELEMENTS_AT_ONCE values at a time.
     """
     L, B, Q = class_logits.shape[:3]
     no_object = class_logits.shape[-1] - 1
@@ -56,19 +56,19 @@ def mask_terms(mask_logits, masks, matches):
 
 
 def sum_of_parts(terms_of, num_terms, logits, index, full_size):
-    """The sum over i of the `num_terms` scalars terms_of(logits[i:i + m], index[i:i + m]), m at a time. Their
-    gradients are computed right away and kept at the logits' size, so that no upsampled tensor (`full_size`
-    elements for each i) is stored for the backward pass or recomputed in it."""
+    """terms_of(logits, index) as a vector [num_terms], a few rows at a time: it must return sums over rows.
+    A part's gradients are computed right away and kept at the logits' size: no upsampled tensor (`full_size`
+    elements a row) is stored for the backward pass or recomputed in it. There are no second derivatives."""
     at_once = max(1, ELEMENTS_AT_ONCE[logits.is_cuda] // full_size)
     terms, gradients = logits.new_zeros(num_terms), logits.new_zeros(num_terms, *logits.shape)
-    for part, i, *gradient in zip(*(x.split(at_once) for x in (logits.detach(), index, *gradients))):
+    for part, some, *gradient in zip(*(x.split(at_once) for x in (logits.detach(), index, *gradients))):
         part.requires_grad_(logits.requires_grad)                        # not when validating
         with torch.autocast(logits.device.type, enabled=False):
-            for k, term in enumerate(terms_of(part, i)):
+            for k, term in enumerate(terms_of(part, some)):              # `gradient`: views into `gradients`
                 terms[k] += term.detach()
                 if logits.requires_grad:
                     gradient[k].copy_(torch.autograd.grad(term, part, retain_graph=k + 1 < num_terms)[0])
-    # The product adds 0 to the value, and makes `gradients` the gradient with respect to `logits`.
+    # The product is 0, so the value stays; its derivative by `logits` is `gradients`: autograd goes on there.
     return terms + (gradients * (logits - logits.detach())).flatten(1).sum(1)
 
 

@@ -87,7 +87,7 @@ def check(args):
     mistakes = [
         (args.resume and not args.output, "--resume needs the --output to continue"),
         (used and not args.resume, f"{args.output} holds a run: choose another --output, or add --resume"),
-        (args.data_root and args.dataset == "shapes", "--data-root needs a --dataset other than shapes"),
+        (args.data_root and args.dataset == "shapes" and not used, "--data-root is not for --dataset shapes"),
         (args.batch_size % (world_size() * args.accumulate), f"--batch-size {args.batch_size} is not "
          f"divisible by {world_size()} processes x --accumulate {args.accumulate}"),
         (args.dim % 32 or args.dim % args.heads,

@@ -51,6 +51,18 @@ def test_a_case_of_iou_worked_by_hand():
     assert result["fwIoU"] == pytest.approx((3 * 200 / 3 + 3 * 50 + 2 * 100 / 3) / 8)
 
 
+@pytest.mark.parametrize("prediction", [[[0, 1]], [[0], [1]], 1])
+def test_a_prediction_of_another_size_is_refused(prediction):
+    with pytest.raises(RuntimeError, match="shape"):
+        miou(prediction, [[0, 1], [1, 1]])
+
+
+def test_class_regions_are_segments_of_the_ids_class_plus_one():
+    for void in (-1, 255):
+        ids, segments = evaluate.class_regions(torch.tensor([[void, 0], [2, 2]]), void)
+        assert ids.tolist() == [[0, 1], [3, 3]] and [(s["id"], s["category_id"]) for s in segments] == [(1, 0), (3, 2)]
+
+
 def test_void_in_a_prediction_is_wrong_but_is_no_class():
     result = miou([[0, 255, 1, 255]], [[0, 0, 1, 255]], num_classes=2)
     assert result["IoU"] == [50, 100] and result["pACC"] == pytest.approx(200 / 3)
@@ -457,7 +469,6 @@ def test_some_classes_or_rows_at_a_time_give_the_same_labels(monkeypatch):
         monkeypatch.setattr(evaluate, "PIXELS_AT_ONCE", (rows * 23, rows * 23))
         assert torch.equal(evaluate.semantic_map(class_logits, mask_logits), whole)
     assert whole.unique().numel() > 5
-
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")

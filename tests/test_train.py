@@ -102,7 +102,6 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(tmp_path):
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
-
 def test_the_first_step_is_logged_so_that_its_time_is_known_early(tmp_path):
     run("--steps", 6, "--log-every", 5, "--output", tmp_path)
     assert [row["step"] for row in log_of(tmp_path) if "loss" in row] == [1, 5, 6]
@@ -413,7 +412,6 @@ def test_two_processes_have_the_gradient_of_one(tmp_path, emptied):
     mp.spawn(one_of_two, (port, tmp_path / "gradient.pt", emptied), nprocs=2)
     split = torch.load(tmp_path / "gradient.pt", weights_only=True)
     assert (whole - split).norm() < 1e-5 * whole.norm()
-
 
 
 def test_torchrun_with_two_processes_trains_evaluates_and_ends(tmp_path):
