@@ -154,7 +154,7 @@ def test_a_wrong_folder_is_told_before_anything_is_written(capsys, monkeypatch, 
 
 @pytest.mark.parametrize("spoil, words", IN_THE_FILES.values(), ids=IN_THE_FILES)
 def test_a_file_that_cannot_be_used_is_named(capsys, monkeypatch, tmp_path, data, spoil, words):
-    if words[0] == "train/0.png":
+    if words[0] == "train/0.png" and words[1] in ("more than 8 bits", "replace it"):
         remove("images/train/0.jpg")(data)
     spoil(data)
     told(capsys, monkeypatch, train.main, [*TINY, *SMALL, "--dataset", "folder", "--data-root", data, "--output",

@@ -116,8 +116,9 @@ def test_a_folder_of_images_and_index_pngs_is_a_dataset(tmp_path):
 
 
 def test_images_behind_links_count_and_hidden_ones_do_not(tmp_path):
-    make_folder(tmp_path / "data")
-    make_folder(tmp_path / "elsewhere")
+    for name in ("data", "elsewhere"):
+        (tmp_path / name).mkdir()
+        make_folder(tmp_path / name)
     for kind in ("images", "annotations"):
         (tmp_path / "data" / kind / "val" / "town").symlink_to(tmp_path / "elsewhere" / kind / "val")
         (tmp_path / "data" / kind / "val" / ".cache").symlink_to(tmp_path / "elsewhere" / kind / "val")
