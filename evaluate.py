@@ -42,14 +42,14 @@ class ConfusionMatrix:
         self.counts = torch.zeros(num_classes, num_classes + 1, dtype=torch.int64)   # last: predicted void
 
     def update(self, prediction, target):
-        """prediction [H, W], target [H, W] of classes or void. Raises ValueError for any other value."""
+        """prediction, target [H, W] of classes or void; ValueError: other values, RuntimeError: other sizes."""
         K, target = self.num_classes, torch.as_tensor(target).long()
-        prediction = torch.as_tensor(prediction).to(target.device).long().reshape(target.shape)
-        for what, values in (("target", target), ("prediction", prediction)):
+        both = torch.stack([target, torch.as_tensor(prediction).to(target.device).long()])   # of equal size
+        for what, values in zip(("target", "prediction"), both):
             low, high = map(int, values.masked_fill(values == self.void, 0).aminmax())
             if not 0 <= low <= high < K:
                 raise ValueError(f"a {what} holds {low}..{high}, not 0..{K - 1}")
-        truth, answer = (x.masked_fill(x == self.void, K) for x in (target, prediction))     # x[..] is slow
+        truth, answer = both.masked_fill(both == self.void, K)           # void: the last row, not counted
         counts = torch.bincount((truth * (K + 1) + answer).flatten(), minlength=(K + 1) ** 2)
         self.counts += counts.view(K + 1, K + 1)[:K].cpu()
 

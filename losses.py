@@ -100,7 +100,6 @@ def per_pixel_loss(pixel_logits, label_map, void=255, num_pixels=None):
     """
     (L, B, K, h, w), (H, W) = pixel_logits.shape, label_map.shape[1:]
     rows, columns = (linear_upsampling(n, 4 * n, label_map.device) for n in (h, w))
-
     def ce_of(logits, image):                                            # of m maps: [m, K, h, w], [m]
         x = rows[:H] @ logits @ columns[:W].T                            # [m, K, H, W]
         return [F.cross_entropy(x, label_map[image].long(), ignore_index=void, reduction="sum")]

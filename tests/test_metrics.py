@@ -51,10 +51,10 @@ def test_a_case_of_iou_worked_by_hand():
     assert result["fwIoU"] == pytest.approx((3 * 200 / 3 + 3 * 50 + 2 * 100 / 3) / 8)
 
 
-@pytest.mark.parametrize("prediction", [[[0, 1]], [[0], [1]], 1])
+@pytest.mark.parametrize("prediction", [[[0, 1, 1]], [[0], [1]], [[0, 1], [1, 0], [0, 0]], 1])   # the third: turned
 def test_a_prediction_of_another_size_is_refused(prediction):
-    with pytest.raises(RuntimeError, match="shape"):
-        miou(prediction, [[0, 1], [1, 1]])
+    with pytest.raises(RuntimeError, match="equal size"):
+        miou(prediction, [[0, 1, 1], [1, 1, 0]])
 
 
 def test_class_regions_are_segments_of_the_ids_class_plus_one():
