@@ -42,7 +42,7 @@ class ConfusionMatrix:
         self.counts = torch.zeros(num_classes, num_classes + 1, dtype=torch.int64)   # last: predicted void
 
     def update(self, prediction, target):
-        """prediction, target [H, W]: classes or void; ValueError for others, RuntimeError for unequal sizes."""
+        """prediction, target [H, W]: classes or void, else ValueError; RuntimeError for unequal sizes."""
         K, target = self.num_classes, torch.as_tensor(target).long()
         both = torch.stack([target, torch.as_tensor(prediction).to(target.device).long()])   # of equal size
         for what, values in zip(("target", "prediction"), both):
