@@ -46,28 +46,29 @@ def mask_terms(mask_logits, masks, matches):
     """Focal and dice loss, each summed over the M pairs."""
     layer, image, query, segment = matches
     matched = mask_logits[layer, image, query].float()                   # [M, h, w]
+    def terms_of(x, segment):                                            # of m pairs: [m, H, W], [m]
+        t = masks[segment].flatten(1).float()                            # [m, P]
+        yield focal_loss(x.flatten(1), t).sum()
+        yield dice_loss(x.flatten(1), t).sum()
     rows, columns = (linear_upsampling(n, size, masks.device)            # [H, h], [W, w]
                      for n, size in zip(matched.shape[1:], masks.shape[1:]))
-    def terms_of(logits, segment):                                       # of m pairs: [m, h, w], [m]
-        x = (rows @ logits @ columns.T).flatten(1)                       # [m, P]
-        t = masks[segment].flatten(1).float()                            # [m, P]
-        return focal_loss(x, t).sum(), dice_loss(x, t).sum()
-    return sum_of_parts(terms_of, 2, matched, segment, masks.shape[1:].numel())
+    return sum_of_parts(terms_of, 2, matched, segment, rows, columns)
 
 
-def sum_of_parts(terms_of, num_terms, logits, index, full_size):
-    """terms_of(logits, index) as a vector [num_terms], a few rows at a time: it must return sums over rows.
-    A part's gradients are computed right away and kept at the logits' size: no upsampled tensor (`full_size`
-    elements a row) is stored for the backward pass or recomputed in it. There are no second derivatives."""
+def sum_of_parts(terms_of, num_terms, logits, index, rows, columns):
+    """What terms_of(x, index) yields, sums over the first axis, as a vector [num_terms]; x are the logits,
+    upsampled by the matrices [H, h] and [W, w], a few at a time. The gradients of a part are computed at once
+    and kept at the logits' size: nothing upsampled waits for the backward pass; no second derivatives."""
+    full_size = logits.shape[1:-2].numel() * len(rows) * len(columns)
     at_once = max(1, ELEMENTS_AT_ONCE[logits.is_cuda] // full_size)
     terms, gradients = logits.new_zeros(num_terms), logits.new_zeros(num_terms, *logits.shape)
     for part, some, *gradient in zip(*(x.split(at_once) for x in (logits.detach(), index, *gradients))):
-        part.requires_grad_(logits.requires_grad)                        # not when validating
         with torch.autocast(logits.device.type, enabled=False):
-            for k, term in enumerate(terms_of(part, some)):              # `gradient`: views into `gradients`
+            x = (rows @ part @ columns.T).requires_grad_(logits.requires_grad)       # not when validating
+            for k, term in enumerate(terms_of(x, some)):                 # `gradient`: views into `gradients`
                 terms[k] += term.detach()
                 if logits.requires_grad:
-                    gradient[k].copy_(torch.autograd.grad(term, part, retain_graph=k + 1 < num_terms)[0])
+                    gradient[k].copy_(rows.T @ torch.autograd.grad(term, x)[0] @ columns)
     # The product is 0, so the value stays; its derivative by `logits` is `gradients`: autograd goes on there.
     return terms + (gradients * (logits - logits.detach())).flatten(1).sum(1)
 
@@ -98,12 +99,11 @@ def per_pixel_loss(pixel_logits, label_map, void=255, num_pixels=None):
     pixel_logits [L, B, K, h, w], upsampled 4x and cropped; label_map [B, H, W] of classes or `void` -> ce.
     num_pixels: labelled pixels averaged over processes (NOTE 6; default: this batch's).
     """
-    (L, B, K, h, w), (H, W) = pixel_logits.shape, label_map.shape[1:]
-    rows, columns = (linear_upsampling(n, 4 * n, label_map.device) for n in (h, w))
-    def ce_of(logits, image):                                            # of m maps: [m, K, h, w], [m]
-        x = rows[:H] @ logits @ columns[:W].T                            # [m, K, H, W]
-        return [F.cross_entropy(x, label_map[image].long(), ignore_index=void, reduction="sum")]
+    (L, B, _, h, w), (H, W) = pixel_logits.shape, label_map.shape[1:]
+    rows, columns = (linear_upsampling(n, 4 * n, label_map.device)[:size] for n, size in ((h, H), (w, W)))
+    def ce_of(x, image):                                                 # of m maps: [m, K, H, W], [m]
+        yield F.cross_entropy(x, label_map[image].long(), ignore_index=void, reduction="sum")
     image = torch.arange(B, device=label_map.device).repeat(L)
-    ce = sum_of_parts(ce_of, 1, pixel_logits.float().flatten(0, 1), image, K * H * W)[0]
+    ce = sum_of_parts(ce_of, 1, pixel_logits.float().flatten(0, 1), image, rows, columns)[0]
     n = (label_map != void).sum() if num_pixels is None else num_pixels
     return ce / torch.as_tensor(n, device=ce.device).clamp(min=1)

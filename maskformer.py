@@ -13,7 +13,7 @@ Paper     N is our Q · C_E and C_Q are our D · Q (script) is `segment_embed` �
     mask_logits = F.interpolate(mask_logits[-1], size=(128, 160), mode="bilinear", align_corners=False)
     scores = semantic_inference(class_logits[-1], mask_logits)         # [2, 150, 128, 160]
 """
-import math
+from functools import partial
 
 import timm
 import torch
@@ -38,7 +38,7 @@ class Backbone(nn.Module):
         self.channels = [channels[i] for i in self.kept]
         self.body = freeze_batch_norm_2d(body) if (pretrained if freeze_bn is None else freeze_bn) else body
         for norm in (module for module in self.body.modules() if "Frozen" in type(module).__name__):
-            norm.register_forward_hook(keep_dtype)
+            norm.forward = partial(frozen_norm, norm)
         self.nhwc = getattr(body, "output_fmt", "NCHW") == "NHWC"        # Swin, whose maps each get a norm
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in self.channels if self.nhwc)
         data = timm.data.resolve_model_data_config(body)
@@ -53,8 +53,10 @@ class Backbone(nn.Module):
         return features                                                  # four of [B, C, H/stride, W/stride]
 
 
-def keep_dtype(norm, inputs, output):      # A frozen norm computes in float32. Without this, autocast would
-    return output.type_as(inputs[0])       # store most maps in it: 2.8 times the memory (R50, bf16).
+def frozen_norm(norm, x):      # autocast would store timm's float32: 2.8 times the memory (R50, bf16)
+    if torch.is_grad_enabled() or hasattr(norm, "act"):
+        return type(norm).forward(norm, x).type_as(x)    # slower, but stores no map for the backward pass
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
 
 
 def create_body(name, pretrained):
@@ -66,9 +68,8 @@ def create_body(name, pretrained):
         body = timm.create_model(name, pretrained, features_only=True, drop_path_rate=0.3,
                                  strict_img_size=False, always_partition=True)
         body.patch_embed.dynamic_img_pad = True
-        for module in body.modules():
-            if isinstance(module, SwinTransformerBlock):
-                module.__class__ = PadFirstSwinBlock
+        for block in (module for module in body.modules() if isinstance(module, SwinTransformerBlock)):
+            block.__class__ = PadFirstSwinBlock
         return body
     if name == "resnet101c":     # NOTE 1: wider stem, dilated last stage ("resnet101c.TAG" is timm's own)
         if pretrained:
@@ -128,9 +129,8 @@ def sine_position(h, w, dim, device=None, temperature=10000):
     """-> [h w, dim]: half the channels tell y, half x, as alternating sines and cosines (Sec. 4.1)."""
     frequency = temperature ** -(torch.arange(0, dim // 2, 2, device=device) / (dim // 2))   # [dim/4]
     def encode(n):                                                       # coordinates 1..n -> [n, dim/2]
-        angle = (torch.arange(1, n + 1, device=device) / (n + 1e-6) * 2 * math.pi)[:, None] * frequency
+        angle = (torch.arange(1, n + 1, device=device) / (n + 1e-6) * 2 * torch.pi)[:, None] * frequency
         return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
-
     y, x = encode(h)[:, None].expand(h, w, -1), encode(w)[None].expand(h, w, -1)
     return torch.cat([y, x], -1).flatten(0, 1)
 
@@ -173,9 +173,8 @@ class MaskFormer(nn.Module):
         self.encoder = nn.TransformerEncoder(layer, encoder_layers, enable_nested_tensor=False)
         layer = DecoderLayer(dim, heads, ffn_dim, dropout, batch_first=True)
         self.decoder = nn.TransformerDecoder(layer, decoder_layers, norm=nn.LayerNorm(dim))
-        for parameter in [*self.encoder.parameters(), *self.decoder.parameters()]:
-            if parameter.dim() > 1:
-                nn.init.xavier_uniform_(parameter)
+        for matrix in (p for p in (*self.encoder.parameters(), *self.decoder.parameters()) if p.dim() > 1):
+            nn.init.xavier_uniform_(matrix)
         self.query_pos = nn.Embedding(num_queries, dim)
         self.to_class = nn.Linear(dim, num_classes + 1)
         self.to_mask = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(),
@@ -200,7 +199,8 @@ class MaskFormer(nn.Module):
         if len(self.encoder.layers):                                     # the FPN, too, starts from it
             features[-1] = memory.transpose(1, 2).reshape(image_features.shape)
         pixel_embed = self.pixel_decoder(features)                       # [B, D, h, w]
-        return self.decode(memory, memory_pos).float(), pixel_embed.float()
+        with torch.autocast(images.device.type, enabled=False):          # casts would take longer
+            return self.decode(memory.float(), memory_pos), pixel_embed.float()
 
     def decode(self, memory, memory_pos):
         """memory [B, HW/32², D] -> segment_embed [L, B, Q, D]: all layers share the last norm."""

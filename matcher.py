@@ -47,7 +47,7 @@ def hungarian_match(class_logits, mask_logits, labels, masks, owner,
         raise FloatingPointError("a matching cost is not finite")
     pairs = []
     for b, cost in enumerate(costs.split([L * Q * len(segments) for segments in mine])):
-        segments = mine[b].cpu()
+        segments = mine[b].cpu().numpy()
         if len(segments) > Q:
             warnings.warn(f"image {b} of the batch has {len(segments)} segments but {Q} queries")
         for l, layer_cost in enumerate(cost.view(L, Q, len(segments)).numpy()):

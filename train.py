@@ -19,11 +19,11 @@ import torch.distributed as dist
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
+import losses
 from batches import Augmentation, DetrAugmentation, TrainingSamples, seed_of, step_batches, training_batches
 from data import DATASETS, UserError, build_dataset, recipe, resized
 from evaluate import (TEST_OPTIONS, build_model, draw_predictions, draw_queries, evaluate, load, save_metrics,
                       single_numbers, table_of_classes)
-from losses import mask_classification_loss, per_pixel_loss
 from matcher import fixed_match, hungarian_match
 from run import (STOPPED, Flags, command, download, earlier_flags, hear_signals, log_row, rank,
                  read_checkpoint, start_folder, start_process, sum_over_processes, world_size, write_whole)
@@ -128,18 +128,17 @@ def compute_loss(output, batch, count, args):
     """-> {"loss": what is minimised (Eq. 1), "loss_ce", "loss_mask", "loss_dice": its raw terms,
     "matched_dice": mean overlap of segments and their masks}. output: the model's; count: `target_count`."""
     if args.model != "maskformer":
-        ce = per_pixel_loss(output, batch.label_map(void=-1), void=-1, num_pixels=count)
+        ce = losses.per_pixel_loss(output, batch.label_map(void=-1), void=-1, num_pixels=count)
         return {"loss": ce, "loss_ce": ce}
     class_logits, mask_logits = output                                   # [L, B, Q, K+1], [L, B, Q, h, w]
     masks = batch.masks()                                                # [N, H, W]
     match = {"hungarian": hungarian_match, "fixed": fixed_match}[args.matching]
     matches = match(class_logits, mask_logits, batch.labels, masks, batch.owner,
                     args.class_weight, args.focal_weight, args.dice_weight)
-    ce, focal, dice = mask_classification_loss(class_logits, mask_logits, batch.labels, masks, matches, count,
-                                               args.no_object_weight)
-    loss = args.class_weight * ce + args.focal_weight * focal + args.dice_weight * dice
-    return {"loss": loss, "loss_ce": ce, "loss_mask": focal, "loss_dice": dice,
-            "matched_dice": 1 - dice / len(class_logits)}
+    ce, focal, dice = losses.mask_classification_loss(class_logits, mask_logits, batch.labels, masks, matches,
+                                                      count, args.no_object_weight)
+    return {"loss": args.class_weight * ce + args.focal_weight * focal + args.dice_weight * dice,
+            "loss_ce": ce, "loss_mask": focal, "loss_dice": dice, "matched_dice": 1 - dice / len(mask_logits)}
 
 
 def target_count(batches, args):
@@ -219,9 +218,8 @@ def load_datasets(args):
     options = {"num_classes": args.num_classes} if args.num_classes and args.dataset == "shapes" else {}
     train_set, test_set = (build_dataset(args.dataset, args.data_root, split, **options)
                            for split in ("train", "val"))
-    augment = DetrAugmentation(args.short_side, args.max_long_side)
-    if args.augmentation == "crop":
-        augment = Augmentation(args.short_side, args.max_long_side, args.crop, args.color_distortion)
+    crop = (args.crop, args.color_distortion) if args.augmentation == "crop" else ()
+    augment = (Augmentation if crop else DetrAugmentation)(args.short_side, args.max_long_side, *crop)
     if args.overfit:
         del train_set.pairs[args.overfit:]
         test_set = train_set
@@ -299,6 +297,8 @@ def train(args, device):
         print(f"{args.model}, {args.backbone}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M, "
               f"{args.dataset}, {len(samples.dataset)} images, {world_size()}x{device}, {folder}", flush=True)
     parallel = torch.compile(model) if args.compile else model
+    if args.compile:                                                     # they take half of a step on a GPU
+        losses.focal_loss, losses.dice_loss = map(torch.compile, (losses.focal_loss, losses.dice_loss))
     if world_size() > 1:
         parallel = nn.parallel.DistributedDataParallel(parallel, [device] if device.type == "cuda" else None)
     asked_to_stop = hear_signals()

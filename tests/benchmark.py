@@ -33,6 +33,7 @@ from torchvision import transforms
 from torchvision.transforms import functional as TF
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import losses
 import matcher
 import train
 from batches import Augmentation, Batch, TrainingSamples, collate
@@ -55,6 +56,7 @@ THINGS = [k < 100 for k in range(K)]
 WORK = dict(backbone="resnet50", queries=100, segments=10, side=512, images=16 if GPU else 2, amp="off",
             compiled=False, size=(640, 853))                             # size: of a panoptic result
 BACKBONES = {"resnet50": "R50", "swin_tiny_patch4_window7_224": "Swin-T"}
+PARTS_OF_LOSS = losses.focal_loss, losses.dice_loss
 ROWS = []
 
 
@@ -147,7 +149,10 @@ def our_step(o):
     model, args = our_model(o)
     optimizer = torch.optim.AdamW(train.parameter_groups(model.train(), args), fused=True)
     scaler, batch = torch.amp.GradScaler(DEVICE.type, enabled=False), made_up_batch(o)
-    model = torch.compile(model) if o.compiled else model
+    losses.focal_loss, losses.dice_loss = PARTS_OF_LOSS                  # as train.py --compile does
+    if o.compiled:
+        model = torch.compile(model)
+        losses.focal_loss, losses.dice_loss = map(torch.compile, PARTS_OF_LOSS)
     return lambda: train.training_step(0, [batch], model, optimizer, scaler, args)
 
 
