@@ -1,15 +1,24 @@
 """Against Hugging Face's MaskFormer, where it is installed: equal where it follows the authors."""
+import json
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+import train
+from batches import collate
+from data import UserError
 from losses import mask_classification_loss
 from maskformer import semantic_inference
 from matcher import hungarian_match
 from pretrained import load_official
+from test_train import signals_as_before                                 # noqa: F401
 
 transformers = pytest.importorskip("transformers")
 from transformers.models.maskformer.modeling_maskformer import MaskFormerHungarianMatcher, MaskFormerLoss
+
+import train_transformers
 
 BACKBONES = {
     "resnet": lambda stages: transformers.ResNetConfig(out_features=stages),
@@ -77,3 +86,32 @@ def test_their_weights_give_their_logits_and_class_maps(pair):
     scores = semantic_inference(class_logits[0], masks)[0]
     best = scores.topk(2, 0).values
     assert ((scores.argmax(0) == their_map) | (best[0] - best[1] < 1e-4)).all()
+
+
+def test_train_py_trains_theirs_on_class_regions_only(tmp_path, monkeypatch, signals_as_before):
+    monkeypatch.setattr(train, "build_model", train_transformers.build_model)
+    monkeypatch.setattr(train, "compute_loss", train.compute_loss)       # build_model replaces it, too
+    flags = ("--backbone resnet18 --no-pretrained --queries 5 --decoder-layers 2 --dim 32 --heads 4 --batch-size 2 "
+             "--workers 0 --steps 3").split()
+    with pytest.raises(UserError, match="semantic"):
+        train.main([*flags, "--output", str(tmp_path / "objects")])
+    train.main([*flags, "--task", "semantic", "--output", str(tmp_path / "regions")])
+    row = json.loads((tmp_path / "regions" / "log.jsonl").read_text().split("\n")[0])
+    assert row["step"] == 1 and math.log(7) < row["loss"] < 500          # 3 layers, focal times 20
+    assert json.loads((tmp_path / "regions" / "metrics.json").read_text())["mIoU"] > 0
+
+
+def test_their_loss_is_ours_but_for_the_layer_before_the_first(monkeypatch):
+    monkeypatch.setattr(train, "compute_loss", train.compute_loss)
+    flags = ("--backbone resnet18 --no-pretrained --queries 5 --decoder-layers 2 --dim 32 --heads 4 --batch-size 3 "
+             "--task semantic --steps 1").split()
+    args = train.parse(flags)
+    samples, _ = train.load_datasets(args)
+    model, ours = train_transformers.Theirs(vars(args), args.num_classes), train.compute_loss
+    batch = collate([samples[i] for i in range(3)])
+    class_logits, mask_logits = model.train()(batch.images)
+    assert len(class_logits) == 3
+    count = train.target_count([batch], args)
+    expected = sum(ours((x[None], y[None]), batch, count, args)["loss"] for x, y in zip(class_logits, mask_logits))
+    found = model.loss((class_logits, mask_logits), batch, count, args)["loss"]
+    torch.testing.assert_close(found, expected)
