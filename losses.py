@@ -64,10 +64,10 @@ def sum_of_parts(terms_of, num_terms, logits, index, rows, columns):
     terms, gradients = logits.new_zeros(num_terms), logits.new_zeros(num_terms, *logits.shape)
     for part, some, *gradient in zip(*(x.split(at_once) for x in (logits.detach(), index, *gradients))):
         with torch.autocast(logits.device.type, enabled=False):
-            x = (rows @ part @ columns.T).requires_grad_(logits.requires_grad)       # not when validating
+            x = (rows @ part @ columns.T).requires_grad_(logits.requires_grad and torch.is_grad_enabled())
             for k, term in enumerate(terms_of(x, some)):                 # `gradient`: views into `gradients`
                 terms[k] += term.detach()
-                if logits.requires_grad:
+                if x.requires_grad:                                      # not when validating
                     gradient[k].copy_(rows.T @ torch.autograd.grad(term, x)[0] @ columns)
     # The product is 0, so the value stays; its derivative by `logits` is `gradients`: autograd goes on there.
     return terms + (gradients * (logits - logits.detach())).flatten(1).sum(1)
@@ -76,7 +76,7 @@ def sum_of_parts(terms_of, num_terms, logits, index, rows, columns):
 def linear_upsampling(n, size, device):                                  # -> [size, n]
     """The matrix that stretches n values to `size`; bilinear upsampling is such a product along each axis.
     (The gradient of F.interpolate is five times slower on CPUs and not deterministic on GPUs.)"""
-    unit_vectors = torch.eye(n, device=device)[None]
+    unit_vectors = torch.eye(n, device=device, dtype=torch.float32)[None]
     return F.interpolate(unit_vectors, size=size, mode="linear", align_corners=False)[0].T
 
 

@@ -175,7 +175,7 @@ def test_a_backbone_without_strides_4_to_32_is_refused_by_name(name):
         Backbone(name, pretrained=False)
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "test_resnet"])        # plain norms, norms with activation
+@pytest.mark.parametrize("backbone", ["resnet18", "test_efficientnet"])  # plain norms, norms with activation
 def test_frozen_batch_norms_do_not_end_autocast(backbone):
     images, model = pictures(), Backbone(backbone, pretrained=False, freeze_bn=True)
     expected = model(images)
@@ -188,7 +188,7 @@ def test_frozen_batch_norms_do_not_end_autocast(backbone):
         assert max((x - z).norm(), (y - z).norm()) < 0.03 * z.norm()
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "test_resnet"])
+@pytest.mark.parametrize("backbone", ["resnet18", "test_efficientnet"])
 def test_frozen_batch_norms_are_the_same_with_and_without_gradients(backbone):
     images, model = pictures(), Backbone(backbone, pretrained=False, freeze_bn=True)
     for name, x in model.body.named_buffers():

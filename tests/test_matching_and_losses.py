@@ -448,6 +448,7 @@ def test_losses_need_no_gradient_mode(mode):
     matches = hungarian_match(class_logits, mask_logits, *targets)
     expected = mask_classification_loss(class_logits, mask_logits.requires_grad_(), *targets[:2], matches)
     pixel_logits, label_map = torch.randn(L, B, K, h, w), torch.randint(K, (B, 4 * h, 4 * w))
+    pixel_logits.requires_grad_()
     expected_ce = per_pixel_loss(pixel_logits, label_map)
     with mode():
         assert mask_classification_loss(class_logits, mask_logits, *targets[:2], matches) == expected
