@@ -297,7 +297,7 @@ def train(args, device):
         print(f"{args.model}, {args.backbone}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M, "
               f"{args.dataset}, {len(samples.dataset)} images, {world_size()}x{device}, {folder}", flush=True)
     parallel = torch.compile(model) if args.compile else model
-    if args.compile:                                                     # uncompiled a third of a step (H100)
+    if args.compile:                                                     # uncompiled 30 % of a step (H100)
         losses.focal_loss, losses.dice_loss = map(torch.compile, (losses.focal_loss, losses.dice_loss))
     if world_size() > 1:
         parallel = nn.parallel.DistributedDataParallel(parallel, [device] if device.type == "cuda" else None)
