@@ -1,115 +1,582 @@
-"""Where segments come from: datasets and their recipes (MaskFormer, Sec. 4 and appendix A).
+"""Where segments come from, and how pictures reach the model (MaskFormer, Sec. 4, appendix A).
 
-Every dataset gives the same five things for an image: the image, ONE integer map that tells the segment of
-each pixel (0 is void), the class of each segment id, the ids of crowd segments, a name. Semantic data have a
-segment for each class in the image, panoptic data one for each object; nothing else differs.
+Every dataset gives the same five things for an image: the image, ONE integer map that tells the
+segment of each pixel (0 is void), the class of each segment id, the ids of crowd segments, and a
+name. Semantic data have one segment for each class in the image, panoptic data one for each object;
+nothing else differs. The map goes through augmentation and to the device as it is; only there is it
+split into binary masks.
 
-Letters   K classes · H W image size
+Letters   B images · N segments in the batch · K classes · H W image size
 
     dataset = build_dataset("shapes", split="val")
-    image, segment_map, class_of, crowd, name = dataset[0]    # [3, H, W], [H, W], {id: class}, [], "00000"
+    image, segment_map, class_of, crowd, name = dataset[0]    # [3, H, W], [H, W], {id: class}, []
+    samples = TrainingSamples(dataset, Augmentation([64], 96, crop=(64, 96)))
+    batch = collate([samples[0], samples[1]])
 
-Another dataset is one more function that returns a `SegmentationDataset`, and a line in RECIPES and DATASETS.
+Another dataset is one more function that returns a `SegmentationDataset`, a line in DATASETS and
+LAYOUT, and a recipe in train.py.
 """
-import cmath
 import colorsys
+import copy
+import errno
 import glob
 import json
 import math
 import os
+import re
+import signal
+import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.datasets import Cityscapes
 from torchvision.transforms import v2
 
 
+# ------------------------------------------------------------------------------ errors and warnings
 class UserError(ValueError):
-    """An error that the user can fix; the message says what is wrong and how to fix it."""
+    """An error that the user can fix; the message says what is wrong and how to mend it."""
 
 
-# ---------------------------------------------------------------------------------------- recipes
-def paper(crop, side, tenths, test_max_long_side, batch_size, steps, **more):
-    """A line of appendix A's table. Training resizes the short side of an image to one of int(0.1 k side), k
-    in `tenths`, and cuts out `crop` (H, W); a test resizes it to `side`. All sizes are pixels."""
-    return dict(crop=crop, short_side=[int(0.1 * k * side) for k in tenths], max_long_side=4 * side,
-                test_short_side=side, test_max_long_side=test_max_long_side, batch_size=batch_size,
-                steps=steps) | more
+def warn(message):
+    """Prints one line on stderr, by one process of a job; a run goes on after it."""
+    if os.environ.get("RANK", "0") == "0":
+        # Python's stderr escapes what the console cannot show, so this never fails.
+        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
-HALF_TO_DOUBLE = range(5, 21)
-RECIPES = {
-    "ade20k": paper((512, 512), 512, HALF_TO_DOUBLE, 2048, 16, 160_000),
-    "ade20k-full": paper((512, 512), 512, HALF_TO_DOUBLE, 2048, 16, 200_000),
-    "coco-stuff-10k": paper((640, 640), 640, range(5, 16), 2560, 32, 60_000, size_divisibility=0),
-    "cityscapes": paper((512, 1024), 1024, HALF_TO_DOUBLE, 2048, 16, 90_000),
-    "mapillary": paper((1280, 1280), 2048, HALF_TO_DOUBLE, 2048, 16, 300_000),
-    "ade20k-panoptic": paper((640, 640), 640, HALF_TO_DOUBLE, 2560, 16, 720_000, encoder_layers=6,
-                             object_threshold=0.7),
-    "coco-panoptic": paper(None, 800, [], 1333, 64, 554_400, short_side=list(range(480, 801, 32)),
-                           max_long_side=1333, augmentation="detr", encoder_layers=6, size_divisibility=0,
-                           schedule="step", milestones=[369_600]),
-    # Not in the paper: modelled on the closest recipe there.
-    "cityscapes-panoptic": paper((512, 1024), 1024, HALF_TO_DOUBLE, 2048, 16, 90_000, encoder_layers=6),
-    "voc": paper((512, 512), 512, HALF_TO_DOUBLE, 2048, 16, 40_000),
-    "folder": paper((512, 512), 512, HALF_TO_DOUBLE, 2048, 16, 40_000),
-    "panoptic": paper((640, 640), 640, HALF_TO_DOUBLE, 2560, 16, 40_000, object_threshold=0.7),
-    "shapes": paper((64, 96), 64, [], 96, 16, 500, short_side=[56, 64, 72], backbone="resnet10t",
-                    pretrained=False, queries=20, decoder_layers=3, dim=64, heads=4, ffn_dim=256, dropout=0.,
-                    lr=2e-3, clip=0.1, warmup=20, color_distortion=False),
-}
-SWIN = dict(lr=6e-5, weight_decay=1e-2, backbone_lr_factor=1., warmup=1500, encoder_layers=0)
+def listing(values, most=10):
+    """The values as text: "a, b, c", or "a, b and 17 more" if there are more than `most`."""
+    values = list(values)
+    text = ", ".join(map(str, values[:most]))
+    return text if len(values) <= most else f"{text} and {len(values) - most} more"
 
 
-def recipe(dataset, backbone="resnet50"):
-    """train.py's defaults: the dataset's, then a Swin's own, then Swin-B's and L's image sizes on ADE20K."""
-    swin = SWIN if backbone.startswith("swin_") and dataset != "shapes" else {}
-    large = dataset == "ade20k" and swin and "384" in backbone
-    sizes = paper((640, 640), 640, HALF_TO_DOUBLE, 2560, 16, 160_000) if large else {}
-    return RECIPES[dataset] | swin | sizes
+def repeated(values):
+    """The values that occur more than once."""
+    return [value for value, count in Counter(values).items() if count > 1]
 
 
-# ---------------------------------------------------------------------------------------- files
+# ----------------------------------------------------------------------------------------- datasets
+@dataclass(eq=False)
+class SegmentationDataset(Dataset):
+    """Images with segment maps.
+
+    An item: image [3, H, W] uint8, segment map [H, W] uint8 or int32 (0 is void), {segment id:
+    class}, the ids of crowd segments, the image's name. UserError for a file that cannot be used.
+    """
+    pairs: list                 # (image file, annotation); a tuple begins with the label file
+    classes: list               # K names
+    is_thing: list              # K bools
+    read_segments: Callable     # annotation -> segment map [H, W], {id: class}, crowd ids
+    category_ids: list          # the publisher's number of each class
+    panoptic: bool = False      # each segment of a thing is an instance
+    image_ids: dict = field(default_factory=dict)     # the publisher's id of an image, by its name
+    label_values: list = None   # the value of each class in index PNGs (default: category_ids)
+    shrink_to: float = math.inf     # larger images are shrunk to this short side, in pixels
+    has_truth: bool = True      # False: photos, or a test split whose truth is kept back
+
+    def __post_init__(self):
+        if self.label_values is None:
+            self.label_values = self.category_ids
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, index):
+        path, annotation = self.pairs[index]
+        image = torch.from_numpy(read_image(path)).permute(2, 0, 1)                  # [3, H, W]
+        if self.has_truth:
+            segment_map, class_of, crowd = self.read_segments(annotation)
+        else:
+            segment_map, class_of, crowd = np.zeros(image.shape[1:], np.uint8), {}, []
+
+        if segment_map.shape != image.shape[1:]:
+            file = annotation[0] if isinstance(annotation, tuple) else annotation
+            raise UserError(f"{path} has (height, width) {tuple(image.shape[1:])}, its annotation "
+                            f"{file} {segment_map.shape}: make them equal")
+        segment_map = torch.from_numpy(segment_map)
+        if min(segment_map.shape) > self.shrink_to:
+            image, segment_map = resized(image, segment_map, self.shrink_to)
+        return image, segment_map, class_of, crowd, Path(path).stem
+
+
+TEST_SPLITS = ("cityscapes", "cityscapes-panoptic", "mapillary", "coco-panoptic")
+DOWNLOADABLE = ("ade20k", "ade20k-panoptic", "coco-panoptic", "voc")     # by tools/download.py
+
+
+def build_dataset(name, root=None, split="train", **options):
+    """A dataset of DATASETS.
+
+    root: where datasets lie (default: $DATA_ROOT, else ./datasets)
+    split: train, val or, for TEST_SPLITS, test: the images whose truth the publisher keeps back
+    options: of the dataset's own function
+    UserError for an unknown name or split, and for files that are not as they should be.
+    """
+    if name not in DATASETS:
+        raise UserError(f"unknown dataset {name!r}; choose from {', '.join(DATASETS)}")
+    splits = ["train", "val", "test"] if name in TEST_SPLITS else ["train", "val"]
+    if split not in splits:
+        raise UserError(f"dataset {name!r} has no split {split!r}; choose {' or '.join(splits)}")
+    root = Path(root or os.environ.get("DATA_ROOT") or "datasets")
+    try:
+        return DATASETS[name](root, split, **options)
+    except FileNotFoundError as error:
+        nearest = Path(os.path.realpath(error.filename)).parent
+        while not nearest.is_dir():
+            nearest = nearest.parent
+        found = listing(sorted(glob.glob("*", root_dir=nearest)), 12) or "nothing"
+        remedy = f". To fetch it: python tools/download.py {name}" if name in DOWNLOADABLE else ""
+        raise UserError(f"{error.filename}: {error.strerror}. Found in {nearest}: {found}. "
+                        f"Expected below {root}: {LAYOUT[name]}{remedy}") from None
+
+
+# ------------------------------------------------------------------------------------- augmentation
+def fit(size, short_side, max_long_side=math.inf):
+    """(H, W) -> [H, W] with this short side, or smaller, to keep within the long side.
+
+    Sides are rounded; v2.RandomShortestSize truncates them, which turns some 512 into 511.
+    """
+    scale = min(short_side / min(size), max_long_side / max(size))
+    return [max(1, int(side * scale + 0.5)) for side in size]
+
+
+def resized(image, segment_map, short_side, max_long_side=math.inf):
+    """-> both, with sides as in `fit`.
+
+    NOTE 8: torch's "nearest" shifts a map by up to half a pixel, as in the released code on
+    semantic data; its panoptic maps are resized by Pillow, which does not.
+    """
+    resize = v2.Resize(fit(image.shape[-2:], short_side, max_long_side))
+    return resize(tv_tensors.Image(image), tv_tensors.Mask(segment_map))
+
+
+class Augmentation:
+    """Appendix A: random short side, crop, flip, color distortion, and padding at the right and the
+    bottom.
+
+    short_side: list of sides to choose from; max_long_side: their limit; crop: (H, W); in pixels
+    """
+
+    def __init__(self, short_side, max_long_side, crop, color_distortion=True):
+        self.short_side = short_side
+        self.max_long_side = max_long_side
+        self.crop = crop
+        self.flip = v2.RandomHorizontalFlip()
+        # NOTE 7: the released code distorts colors as SSD does; here brightness is a factor, not a
+        # sum, and the order is always this one. (v2.RandomPhotometricDistort would also shuffle
+        # channels.) On Pillow images: their 8-bit hue takes a third of the time of torchvision's
+        # on tensors.
+        if color_distortion:
+            self.distort = v2.Compose([
+                v2.ToPILImage(),
+                v2.RandomApply([v2.ColorJitter(brightness=0.125)]),
+                v2.RandomApply([v2.ColorJitter(contrast=0.5)]),
+                v2.RandomApply([v2.ColorJitter(saturation=0.5)]),
+                v2.RandomApply([v2.ColorJitter(hue=0.1)]),
+                v2.PILToTensor(),
+            ])
+        else:
+            self.distort = v2.Identity()
+
+    def __call__(self, image, segment_map):
+        side = random_choice(self.short_side)
+        image, segment_map = resized(image, segment_map, side, self.max_long_side)
+        crop_height = min(image.shape[-2], self.crop[0])
+        crop_width = min(image.shape[-1], self.crop[1])
+        image, segment_map = v2.RandomCrop([crop_height, crop_width])(image, segment_map)
+        image, segment_map = self.flip(image, segment_map)
+        image = self.distort(image)
+        return pad_to(image, self.crop, 128), pad_to(segment_map, self.crop, 0)
+
+
+class DetrAugmentation:
+    """DETR's, for COCO: a flip; half of the time a resize and a crop; then a resize.
+
+    Images keep their own sizes; `collate` pads them. Sides in pixels, as in Augmentation.
+    """
+
+    def __init__(self, short_side, max_long_side):
+        self.short_side = short_side
+        self.max_long_side = max_long_side
+        self.flip = v2.RandomHorizontalFlip()
+
+    def __call__(self, image, segment_map):
+        image, segment_map = self.flip(tv_tensors.Image(image), tv_tensors.Mask(segment_map))
+        if torch.rand(()) < 0.5:
+            image, segment_map = resized(image, segment_map, random_choice([400, 500, 600]))
+            size = [int(torch.randint(min(384, side), min(600, side) + 1, ()))
+                    for side in image.shape[-2:]]
+            image, segment_map = v2.RandomCrop(size)(image, segment_map)
+        return resized(image, segment_map, random_choice(self.short_side), self.max_long_side)
+
+
+def random_choice(values):
+    return values[int(torch.randint(len(values), ()))]
+
+
+def pad_to(x, size, value):
+    """Pads [..., H, W] at the right and the bottom to `size`. value: a number, or one a channel."""
+    height, width = x.shape[-2:]
+    if [height, width] == list(size):
+        return x
+    padded = torch.empty(*x.shape[:-2], *size, dtype=x.dtype)
+    padded[:] = torch.tensor(value)[..., None, None]
+    padded[..., :height, :width] = x
+    return padded
+
+
+# ------------------------------------------------------------------------------ samples and batches
+def label_map(segment_map, class_of, void):
+    """Segments -> classes of pixels [H, W] int64, `void` where no segment is."""
+    table = torch.full((int(segment_map.max()) + 1,), void)
+    for i, label in class_of.items():
+        if i < len(table):                                           # a listed id may have no pixel
+            table[i] = label
+    return table[segment_map.long()]
+
+
+def void_label(num_classes):
+    """The value of void in label maps and index PNGs: 255, or 65535 where 255 is a class."""
+    return 255 if num_classes <= 255 else 65535
+
+
+def merge_classes(segment_map, class_of):
+    """Panoptic -> semantic: merges the segments of each class, crowds too.
+
+    -> segment map, {segment id: class}; if any merge, ids are class + 1
+    """
+    classes = set(class_of.values())
+    if len(classes) == len(class_of):
+        return segment_map, class_of
+    merged = label_map(segment_map, class_of, void=-1) + 1
+    dtype = torch.uint8 if max(classes) < 255 else torch.int32
+    return merged.to(dtype), {label + 1: label for label in classes}
+
+
+def seed_of(*numbers):
+    """One seed out of several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+class TrainingSamples(Dataset):
+    """An endless stream of augmented samples: the n-th is a function of (seed, n) and nothing else.
+
+    A sample: image [3, H, W] uint8, segment map [H, W], segment ids [n], their labels [n], name.
+    Task "semantic" merges the segments of a class, crowds too; "panoptic" drops crowds. Segments
+    that the crop emptied are dropped.
+    """
+
+    def __init__(self, dataset, augment, seed=0, task="panoptic"):
+        self.dataset = dataset
+        self.augment = augment
+        self.seed = seed
+        self.task = task
+        self.epoch, self.order = None, None
+
+    def __getitem__(self, n):
+        epoch, place = divmod(n, len(self.dataset))
+        if epoch != self.epoch:
+            self.epoch = epoch
+            rng = np.random.default_rng([self.seed, epoch])
+            self.order = rng.permutation(len(self.dataset)).tolist()
+        image, segment_map, class_of, crowd, name = self.dataset[self.order[place]]
+        if self.task == "semantic":
+            segment_map, class_of = merge_classes(segment_map, class_of)
+            crowd = []
+
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed_of(self.seed, n))
+            image, segment_map = self.augment(image, segment_map)
+
+        present = torch.bincount(segment_map.flatten()).nonzero().flatten().tolist()
+        ids = [i for i in present if i in class_of and i not in crowd]
+        labels = [class_of[i] for i in ids]
+        return (image, segment_map, torch.tensor(ids, dtype=torch.long),
+                torch.tensor(labels, dtype=torch.long), name)
+
+
+class Batch(NamedTuple):
+    """What loader workers send. Segment n is where segment_maps[owner[n]] == ids[n]."""
+    images: torch.Tensor          # [B, 3, H, W] uint8
+    segment_maps: torch.Tensor    # [B, H, W] uint8 or int32, 0 is void
+    ids: torch.Tensor             # [N]
+    labels: torch.Tensor          # [N]
+    owner: torch.Tensor           # [N], the image of each segment
+    names: list                   # [B]
+
+    def to(self, device):
+        """Everything on `device` except `owner`: the matcher needs segment counts on the CPU."""
+        return Batch(self.images.to(device, non_blocking=True),
+                     self.segment_maps.to(device, non_blocking=True),
+                     self.ids.to(device, non_blocking=True),
+                     self.labels.to(device, non_blocking=True), self.owner, self.names)
+
+    def masks(self):
+        """-> the binary mask of every segment [N, H, W] bool."""
+        owner = self.owner.to(self.ids.device, non_blocking=True)
+        return self.segment_maps[owner] == self.ids[:, None, None].to(self.segment_maps.dtype)
+
+    def label_map(self, void):
+        """-> [B, H, W] int64: the class of each pixel, or `void`."""
+        max_id = 2 ** 8 - 1 if self.segment_maps.dtype == torch.uint8 else 2 ** 16 - 1
+        owner = self.owner.to(self.ids.device, non_blocking=True)
+        class_of = torch.full((len(self.images), max_id + 1), void, device=self.ids.device)
+        class_of[owner, self.ids] = self.labels
+        labels = class_of.gather(1, self.segment_maps.flatten(1).long())             # [B, HW]
+        return labels.view(self.segment_maps.shape)
+
+
+def collate(samples):
+    """Samples -> Batch. Smaller images are padded at the right and the bottom, with ImageNet's mean
+    (zero after its normalization) and void."""
+    images, segment_maps, ids, labels, names = zip(*samples)
+    size = [max(image.shape[1] for image in images), max(image.shape[2] for image in images)]
+    images = torch.stack([pad_to(image, size, (124, 116, 104)) for image in images])
+    segment_maps = torch.stack([pad_to(segment_map, size, 0) for segment_map in segment_maps])
+    owner = torch.repeat_interleave(torch.tensor([len(i) for i in ids]))
+    return Batch(images, segment_maps, torch.cat(ids), torch.cat(labels), owner, list(names))
+
+
+def step_batches(first, steps, batch_size, rank=0, world_size=1, accumulate=1):
+    """Yields the sample numbers of every forward pass of one process, from step `first` on.
+
+    Step s takes batch_size samples from number s * batch_size on, and each process an equal share.
+    """
+    share = batch_size // world_size // accumulate                   # images of a forward pass
+    for step in range(first, steps):
+        for part in range(accumulate):
+            start = ((step * world_size + rank) * accumulate + part) * share
+            yield range(start, start + share)
+
+
+def training_batches(samples, sampler, workers, device):
+    """-> iterator over the `Batch`es of a sampler, read ahead by `workers` processes."""
+    loader = DataLoader(samples, batch_sampler=sampler, collate_fn=collate, num_workers=workers,
+                        pin_memory=device.type == "cuda", persistent_workers=workers > 0,
+                        prefetch_factor=4 if workers else None,
+                        worker_init_fn=ignore_stop_signals)
+    return iter(loader)
+
+
+def ignore_stop_signals(worker):
+    """Keeps a loader worker alive when the whole job is told to stop: the training process still
+    needs it to finish its step, and ends it then."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "SIGUSR1"):                                   # not on Windows
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+# ------------------------------------------------------------------------------------- drawn shapes
+TEXTURES = ["stripes", "checks", "dots", "waves", "plain"]
+LOBES = {"disk": 0, "peanut": 2, "trefoil": 3, "cross": 4, "star": 5}
+
+
+class Shapes(SegmentationDataset):
+    """Drawn pictures: two or three textured regions (stuff) under one to three forms (things), each
+    of which is an instance.
+
+    A picture is a function of (seed, split, index). Half of the classes are textures, half forms;
+    each has its own hue; with more than five of a kind, some differ in hue alone.
+    """
+
+    def __init__(self, root=None, split="train", num_classes=6, size=(64, 96), length=None, seed=0):
+        self.size = size
+        self.seed = [seed, ("train", "val").index(split)]
+        self.num_stuff = (num_classes + 1) // 2
+        self.num_things = num_classes // 2
+        textures = [TEXTURES[k % len(TEXTURES)] for k in range(self.num_stuff)]
+        forms = [list(LOBES)[k % len(LOBES)] for k in range(self.num_things)]
+        self.kinds = textures + forms
+        self.hues = [k / self.num_stuff for k in range(self.num_stuff)]
+        self.hues += [k / self.num_things for k in range(self.num_things)]
+        if num_classes <= 10:
+            classes = self.kinds
+        else:
+            classes = [f"{kind} of hue {360 * hue:.0f}" for kind, hue in zip(self.kinds, self.hues)]
+        if length is None:
+            length = 20_000 if split == "train" else 100
+        super().__init__(pairs=[(f"{number:05d}", None) for number in range(length)],
+                         classes=classes,
+                         is_thing=[k >= self.num_stuff for k in range(num_classes)],
+                         read_segments=None, category_ids=list(range(num_classes)), panoptic=True)
+
+    def __getitem__(self, index):
+        name, _ = self.pairs[index]
+        H, W = self.size
+        num_classes = self.num_stuff + self.num_things
+        rng = np.random.default_rng([*self.seed, index])
+        y, x = np.mgrid[:H, :W].astype(np.float32)
+        image = np.zeros((H, W, 3), np.float32)
+        segment_map = np.zeros((H, W), np.uint8)
+
+        stuff = rng.permutation(self.num_stuff)[:rng.integers(2, 4)].tolist()
+        things = []
+        if self.num_things:
+            things = rng.integers(self.num_stuff, num_classes, size=rng.integers(1, 4)).tolist()
+        class_of = dict(enumerate(stuff + things, 1))
+
+        boundary = np.zeros(W)                         # the upper edge of the next region of stuff
+        for i, label in class_of.items():              # painted over one another
+            if label < self.num_stuff:
+                region = y >= boundary
+                shade = texture(self.kinds[label], rng, y, x)
+                wave = 4 * np.sin(x[0] / rng.uniform(6, 12) + rng.uniform(0, 6))
+                boundary = boundary + rng.uniform(0.25, 0.5) * H + wave
+            else:
+                region = form(self.kinds[label], rng, y, x)
+                shade = np.ones_like(x)
+            hue = self.hues[label] + rng.uniform(-0.35, 0.35) / max(3, num_classes / 2)
+            color = colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.4, 0.9), rng.uniform(0.5, 1))
+            image[region] = shade[region][:, None] * np.float32(color)
+            segment_map[region] = i
+        image += 0.03 * rng.standard_normal(image.shape, np.float32)
+
+        area = np.bincount(segment_map.ravel(), minlength=len(class_of) + 1)
+        class_of = {i: label for i, label in class_of.items() if area[i] >= 16}
+        segment_map[~np.isin(segment_map, list(class_of))] = 0       # slivers become void
+        image = torch.from_numpy((image.clip(0, 1) * 255).astype(np.uint8)).permute(2, 0, 1)
+        return image, torch.from_numpy(segment_map), class_of, [], name
+
+
+def texture(kind, rng, y, x):
+    """-> shade [H, W] of a rotated pattern with a period of 6 to 12 pixels. y, x: pixels [H, W]."""
+    angle = rng.uniform(0, np.pi)
+    frequency = 2 * np.pi / rng.uniform(6, 12)
+    cos = frequency * math.cos(angle)
+    sin = frequency * math.sin(angle)
+    across = x * cos - y * sin
+    along = x * sin + y * cos
+    if kind == "stripes":
+        dark = np.sin(across) < 0
+    elif kind == "checks":
+        dark = np.sin(across) * np.sin(along) < 0
+    elif kind == "dots":
+        dark = np.sin(across) * np.sin(along) < 0.5
+    elif kind == "waves":
+        dark = np.sin(across + 2 * np.sin(along / 2)) < 0
+    else:                                                            # plain
+        dark = np.zeros(x.shape, bool)
+    return np.where(dark, np.float32(0.55), np.float32(1))
+
+
+def form(kind, rng, y, x):
+    """-> region [H, W] of a rotated form somewhere in the picture. y, x: pixels [H, W]."""
+    H, W = x.shape
+    turn = rng.uniform(0, 2 * np.pi)
+    size = rng.uniform(0.12, 0.22) * min(H, W)
+    x = (x - W * rng.uniform(0.1, 0.9)) / size
+    y = (y - H * rng.uniform(0.1, 0.9)) / size
+    return np.hypot(x, y) < 1 + 0.4 * np.cos(LOBES[kind] * (np.arctan2(y, x) + turn))
+
+
+# ------------------------------------------------------------------------------------ reading files
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
-def read_lines(path):
+def require(*paths):
+    """FileNotFoundError for the first file or folder that is not there."""
+    for path in paths:
+        path.stat()
+
+
+def read_text(path):
+    """The text of a UTF-8 file, with or without the byte order mark that Windows writes."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no UTF-8 text ({error}): save it as UTF-8") from error
-    return [line.strip() for line in lines if line.strip()]
+        raise UserError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
 
 
-def pair_files(images, annotations, ending="", new_ending=".png", names=None):
-    """[(image, annotation)]: an annotation is named like its image, with another ending. names: the JPEGs to
-    take, in this order (default: all images whose names end in `ending`, sorted)."""
-    images.stat(), annotations.stat()                                    # FileNotFoundError if not there
-    found = glob.glob(f"**/*{ending}", root_dir=images, recursive=True)  # follows links, skips .hidden ones
-    files = sorted(found) if names is None else [f"{name}.jpg" for name in names]
-    pairs = [(images / file, annotations / (file.removesuffix(ending or Path(file).suffix) + new_ending))
-             for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
-    missing = [str(path) for pair in pairs for path in pair if not path.exists()]
+def read_lines(path):
+    """The lines of a text file without surrounding white space; empty lines are left out."""
+    lines = [line.strip() for line in read_text(path).split("\n")]
+    return [line for line in lines if line]
+
+
+def find_files(folder, suffixes, ending=""):
+    """The names of files in a folder and its subfolders, sorted; skips hidden ones, follows links.
+
+    suffixes: one in lower case, or a tuple of them; ending: what the names must end in besides
+    """
+    found = glob.glob(f"**/*{ending}", root_dir=folder, recursive=True)
+    return sorted(file for file in found if file.lower().endswith(suffixes))
+
+
+def find_images(folder, ending=""):
+    """The names of the images in a folder and its subfolders, sorted. UserError without any."""
+    require(folder)
+    images = find_files(folder, IMAGE_SUFFIXES, ending)
+    if not images:
+        raise UserError(f"{folder} has no images ({', '.join(IMAGE_SUFFIXES)})")
+    return images
+
+
+def pair_files(images, annotations, ending="", new_endings=(".png",), names=None):
+    """Finds the annotation of every image -> [(image, annotation)].
+
+    An annotation has the name of its image, but for the ending, and lies in the same subfolder.
+
+    images, annotations: folders
+    ending: what the names of the images end in (default: the suffix of an image)
+    new_endings: what annotations end in instead; the first that exists counts
+    names: JPEGs to take, in this order (default: all images, sorted)
+    """
+    require(images, annotations)
+    if names is None:
+        files = find_images(images, ending)
+    else:
+        files = [f"{name}.jpg" for name in names]
+    pairs = []
+    for file in files:
+        stem = file.removesuffix(ending or Path(file).suffix)
+        candidates = [annotations / (stem + new_ending) for new_ending in new_endings]
+        annotation = next((path for path in candidates if path.exists()), candidates[0])
+        pairs.append((images / file, annotation))
+
+    missing = [path for pair in pairs for path in pair if not path.exists()]
     if missing:
-        raise FileNotFoundError(2, f"{len(missing)} files are missing for {len(pairs)} images", missing[0])
+        problem = f"no such file ({len(missing)} missing for {len(pairs)} images)"
+        raise FileNotFoundError(errno.ENOENT, problem, str(missing[0]))
+    shared = repeated(annotation for _, annotation in pairs)
+    if shared:
+        owners = [image.name for image, annotation in pairs if annotation == shared[0]]
+        raise UserError(f"{shared[0]} belongs to {' and '.join(owners)}: give each image a name "
+                        "and an annotation of its own")
     return pairs
 
 
 def open_image(path):
-    """A PIL image, read to its end. Raises UserError if that cannot be done."""
+    """A PIL image, read to its end and turned as the camera's EXIF entry says."""
     try:
         with Image.open(path) as image:
             image.load()
-            return ImageOps.exif_transpose(image)                        # turned as its EXIF entry says
-    except Exception as error:                                           # a broken file can raise anything
-        raise UserError(f"{path} cannot be read as an image ({error}): check or replace it") from error
+            turned = ImageOps.exif_transpose(image)
+    except Exception as error:          # decoders raise all kinds of errors for broken files
+        raise UserError(f"{path} cannot be read as an image ({error}): replace it") from error
+    if image.format == "TIFF" and has_unused_bands(image):
+        raise UserError(f"{path} has more bands than red, green and blue, and the rest would be "
+                        "ignored: save the three that count as an RGB image")
+    return turned
+
+
+def has_unused_bands(tiff):
+    """Whether a TIFF has bands beside the colors that are not declared as transparency."""
+    samples_per_pixel = tiff.tag_v2.get(277, 1)
+    extra_samples = tiff.tag_v2.get(338, ())           # of each extra band; 1 and 2: transparency
+    colors = 4 if tiff.mode == "CMYK" else 3
+    unused = samples_per_pixel - colors
+    if unused == 1 and extra_samples in ((1,), (2,)):
+        return False
+    return unused > 0
 
 
 def read_image(path):
@@ -121,380 +588,710 @@ def read_image(path):
 
 
 def read_labels(path):
-    """-> the values [H, W] of a one-channel PNG, or of a .mat file of COCO-Stuff."""
+    """-> the class values [H, W] int32 of an index PNG, or of a .mat file of COCO-Stuff.
+
+    Three equal channels are read as one, and transparency is ignored.
+    """
     if path.suffix == ".mat":
-        try:
-            import h5py
-        except ImportError:
-            raise UserError(f"{path}: to read .mat files, pip install h5py") from None
-        with h5py.File(path) as file:
-            return np.array(file["S"]).T.astype(np.int32)
-    values = np.array(open_image(path))
-    if values.ndim != 2:
-        raise UserError(f"{path} has shape {values.shape}: a label PNG has one channel, of class indices")
+        return read_mat(path)
+    image = open_image(path)
+    if image.mode == "LA":                                           # grey with transparency
+        image = image.getchannel("L")
+    values = np.array(image)
+    if values.ndim == 3:
+        values, rgb = values[..., 0], values[..., :3]
+        if (rgb != values[..., None]).any():
+            raise UserError(f"{path} holds the colors {colors_in(rgb)}, not class indices: save "
+                            "indices in one channel or, in a folder of your own, add the color "
+                            "of each class to its line in classes.txt (road 128 64 128)")
     return values.astype(np.int32)
 
 
-def read_segments(annotation, values_of, class_of_value, void, is_thing=None):
-    """-> segment map [H, W] with ids 1, 2, .. in the order of the values, {id: class}, crowd ids. void: the
-    value without a class; None: any unlisted value. With `is_thing`, values are coded as in Cityscapes:
-    1000 v + n is instance n of class value v; a bare v of a thing class is a crowd."""
-    values = values_of(annotation)
-    present = np.flatnonzero(np.bincount(values.ravel())).tolist()
-    label_of = {value: class_of_value.get(value // 1000 if is_thing and value >= 1000 else value)
-                for value in present}
-    known = [value for value in present if label_of[value] is not None]
-    wrong = sorted({*present} - {*known, void})
-    if wrong and void is not None:
-        raise UserError(f"{annotation} holds {wrong[:10]}; classes are {min(class_of_value)}.."
-                        f"{max(class_of_value)}, void is {void}. If labels start at 1, subtract 1; if the "
-                        "list of classes is too short, complete it")
-    id_of = np.zeros(int(values.max()) + 1, np.uint8 if len(known) <= 255 else np.int32)
-    id_of[known] = range(1, len(known) + 1)
-    class_of = {i: label_of[value] for i, value in enumerate(known, 1)}
-    crowd = [i for i, value in enumerate(known, 1) if is_thing and value < 1000 and is_thing[class_of[i]]]
-    return id_of.take(values), class_of, crowd
-
-
-# ---------------------------------------------------------------------------------------- datasets
-@dataclass(eq=False)
-class SegmentationDataset(Dataset):
-    """Images with segment maps."""
-    pairs: list                   # of (image file, annotation)
-    classes: list                 # K names
-    is_thing: list                # K bools
-    read_segments: Callable       # annotation -> segment map [H, W], {id: class}, crowd ids
-    category_ids: list            # the publisher's number of each class
-    panoptic: bool = False        # each segment of a thing is an instance
-    image_ids: dict = field(default_factory=dict)     # the publisher's, by name
-    shrink_to: float = math.inf   # larger images are shrunk to this short side
-
-    def __len__(self):
-        return len(self.pairs)
-
-    def __getitem__(self, index):
-        path, annotation = self.pairs[index]
-        image = torch.from_numpy(read_image(path)).permute(2, 0, 1)      # [3, H, W]
-        segment_map, class_of, crowd = self.read_segments(annotation)
-        if segment_map.shape != image.shape[1:]:
-            raise UserError(f"{path} is {tuple(image.shape[1:])}, its annotation {segment_map.shape}: "
-                            "make their heights and widths equal")
-        segment_map = torch.from_numpy(segment_map)
-        if min(segment_map.shape) > self.shrink_to:
-            image, segment_map = resized(image, segment_map, self.shrink_to)
-        return image, segment_map, class_of, crowd, Path(path).stem
-
-
-def build_dataset(name, root=None, split="train", **options):
-    """A dataset of DATASETS. root: where they lie (default $DATA_ROOT, else ./datasets). Raises UserError for
-    an unknown name or split, FileNotFoundError if the files are not laid out as its publisher ships them."""
-    if name not in DATASETS:
-        raise UserError(f"unknown dataset {name!r}; choose from {', '.join(DATASETS)}")
-    if split not in ("train", "val"):
-        raise UserError(f"unknown split {split!r}; choose train or val")
-    root = Path(root or os.environ.get("DATA_ROOT") or "datasets")
+def read_mat(path):
+    """-> the class values [H, W] int32 of a .mat file of COCO-Stuff."""
     try:
-        dataset = DATASETS[name](root, split, **options)
-    except FileNotFoundError as error:
-        nearest = next(folder for folder in Path(os.path.realpath(error.filename)).parents if folder.is_dir())
-        found = ", ".join(sorted(glob.glob("*", root_dir=nearest))[:12]) or "nothing"
-        raise FileNotFoundError(f"{error}. Found in {nearest}: {found}. Expected below {root}: "
-                                f"{layout_of(name)}") from None
-    if len(dataset) == 0:
-        raise FileNotFoundError(f"dataset {name!r} has no images in split {split!r} below {root}")
-    return dataset
+        import h5py
+    except ImportError:
+        raise UserError(f"{path}: to read .mat files, pip install h5py") from None
+    with h5py.File(path) as file:
+        return np.array(file["S"]).T.astype(np.int32)                # stored column by column
 
 
-def layout_of(name):
-    """The files a dataset expects: the docstring of its function."""
-    return " ".join(getattr(DATASETS[name], "func", DATASETS[name]).__doc__.split())
+def read_colors(path, colors):
+    """-> the index [H, W] int32 of each pixel's color in the list `colors` of (R, G, B)."""
+    rgb = read_image(path)
+    codes = rgb @ np.array([1, 256, 65536], np.int32)
+    code_of_color = np.array(colors) @ [1, 256, 65536]
+    order = code_of_color.argsort()
+    place = np.searchsorted(code_of_color[order], codes).clip(max=len(colors) - 1)
+    index = order[place]
+    unlisted = code_of_color[index] != codes
+    if unlisted.any():
+        raise UserError(f"{path} holds the colors {colors_in(rgb[unlisted])}, which classes.txt "
+                        "does not list: add them, or save the mask without smooth edges")
+    return index.astype(np.int32)
 
 
-def labelled(pairs, classes, values, is_thing=None, void=None, values_of=read_labels, panoptic=False, **more):
-    """Label images in which `values[k]` is class k, or, if panoptic, 1000 values[k] + n an instance of it."""
-    is_thing = is_thing or [False] * len(values)
-    read = partial(read_segments, values_of=values_of, void=void, is_thing=is_thing if panoptic else None,
-                   class_of_value={value: k for k, value in enumerate(values)})
-    more = {"category_ids": list(values)} | more
-    return SegmentationDataset(pairs, list(classes), is_thing, read, panoptic=panoptic, **more)
+def colors_in(rgb):
+    """The colors in an array [..., 3] as text, the most frequent first."""
+    colors, counts = np.unique(rgb.reshape(-1, 3), axis=0, return_counts=True)
+    return listing(tuple(color) for color in colors[(-counts).argsort()].tolist())
 
 
-def folder(root, split):
-    """classes.txt, images/{train,val}/X.jpg, annotations/{train,val}/X.png (class indices, 255 is void)"""
-    lines = read_lines(root / "classes.txt")
-    classes = [line.removesuffix(" thing").removesuffix(" stuff") for line in lines]
-    if not classes:
-        raise UserError(f"{root / 'classes.txt'} holds no class: write the name of one in each line")
-    pairs = pair_files(root / "images" / split, root / "annotations" / split)
-    return labelled(pairs, classes, range(len(classes)), [line.endswith(" thing") for line in lines],
-                    void=void_label(len(classes)))
+def segments_of_values(annotation, read_values, class_of_value, void_values, is_thing=None):
+    """A map of class values -> segment map [H, W], {segment id: class}, crowd ids.
+
+    Segment ids are 1, 2, .. in the order of the values.
+
+    read_values: a function, annotation -> values [H, W]
+    void_values: values without a class; None: all that class_of_value does not list
+    is_thing: if given, values are coded as in Cityscapes: 1000 v + n is instance n of class
+        value v, and a bare v of a thing class is a crowd
+    """
+    values = read_values(annotation)
+    present = np.flatnonzero(np.bincount(values.ravel())).tolist()
+    classes = {}
+    for value in present:
+        class_value = value // 1000 if is_thing and value >= 1000 else value
+        if class_value in class_of_value:
+            classes[value] = class_of_value[class_value]
+
+    if void_values is not None:
+        wrong = [value for value in present if value not in classes and value not in void_values]
+        if wrong:
+            raise UserError(f"{annotation} holds [{listing(wrong)}]; classes are "
+                            f"{min(class_of_value)}..{max(class_of_value)}, void is "
+                            f"{listing(sorted(void_values))}. If labels start at 1, subtract 1; "
+                            "if the list of classes is too short, complete it")
+
+    id_of_value = np.zeros(int(values.max()) + 1, np.uint8 if len(classes) <= 255 else np.int32)
+    id_of_value[list(classes)] = range(1, len(classes) + 1)
+    class_of, crowd = {}, []
+    for i, (value, label) in enumerate(classes.items(), 1):
+        class_of[i] = label
+        if is_thing and is_thing[label] and value < 1000:
+            crowd.append(i)
+    return id_of_value[values], class_of, crowd
 
 
-ADE20K_STUFF = {1, 2, 3, 4, 5, 6, 7, 10, 12, 14, 17, 18, 22, 26, 27, 29, 30, 35, 41, 47, 49, 52, 53, 55, 60,
-                61, 62, 64, 69, 78, 80, 85, 92, 95, 97, 100, 101, 102, 106, 107, 110, 114, 115, 118, 123,
-                129, 132, 141, 142, 146}
-PARTS = {"train": "training", "val": "validation"}
+# --------------------------------------------------------------------------- published label images
+def value_dataset(pairs, classes, values, is_thing=None, void_values=None, panoptic=False,
+                  read_values=read_labels, category_ids=None, **more):
+    """A dataset of label maps in which `values[k]` is class k.
+
+    panoptic: values are coded as in Cityscapes, see `segments_of_values`
+    category_ids: by default the values
+    more: further fields of SegmentationDataset
+    """
+    if is_thing is None:
+        is_thing = [False] * len(values)
+    read_segments = partial(segments_of_values, read_values=read_values, void_values=void_values,
+                            class_of_value={value: k for k, value in enumerate(values)},
+                            is_thing=is_thing if panoptic else None)
+    return SegmentationDataset(pairs, list(classes), list(is_thing), read_segments,
+                               category_ids or list(values), panoptic, **more)
+
+
+def without_truth(paths, info):
+    """A dataset of images alone. info: a dict of "classes", "is_thing" and, if known, the
+    publisher's "category_ids" and "label_values", such as a checkpoint."""
+    numbers = info.get("category_ids") or list(range(len(info["classes"])))
+    return SegmentationDataset([(path, None) for path in paths], info["classes"], info["is_thing"],
+                               read_segments=None, category_ids=numbers, has_truth=False,
+                               label_values=info.get("label_values"))
+
+
+def published_classes(name):
+    """The classes of a dataset in order: dicts of "id", "name" and, for some, "isthing"."""
+    path = Path(__file__).parent / "tools" / "classes.json"
+    return json.loads(path.read_text(encoding="utf-8"))[name]
+
+
+PARTS = {"train": "training", "val": "validation", "test": "testing"}
 
 
 def ade20k(root, split, panoptic=False):
-    """ADEChallengeData2016/{images,annotations}/{training,validation}/X.{jpg,png}, objectInfo150.txt there;
-    for panoptic segmentation also annotations_instance/{training,validation}/X.png (or try --download)"""
-    root, part, values = root / "ADEChallengeData2016", PARTS[split], range(1, 151)
+    """The 150 classes of the scene parsing challenge (SceneParse150)."""
+    root, part = root / "ADEChallengeData2016", PARTS[split]
+    classes = published_classes("ade20k")
+    names = [c["name"] for c in classes]
+    values = [c["id"] for c in classes]                              # 1..150
     pairs = pair_files(root / "images" / part, root / "annotations" / part)
-    classes = [f"class {value}" for value in values]
-    if (root / "objectInfo150.txt").exists():                            # Idx, Ratio, Train, Val, Name
-        rows = read_lines(root / "objectInfo150.txt")[1:]
-        classes = [row.split("\t")[-1].split(",")[0].strip() for row in rows]
     if not panoptic:
-        return labelled(pairs, classes, values, void=0)
+        return value_dataset(pairs, names, values, void_values={0})
+
+    is_thing = [bool(c["isthing"]) for c in classes]
     instances = pair_files(root / "images" / part, root / "annotations_instance" / part)
-    pairs = [(image, (annotation, instance)) for (image, annotation), (_, instance) in zip(pairs, instances)]
-    return labelled(pairs, classes, values, [value not in ADE20K_STUFF for value in values], 0,
-                    read_ade20k_instances, panoptic=True)
+    both = [(image, (annotation, instance))
+            for (image, annotation), (_, instance) in zip(pairs, instances)]
+    things = [value for value, thing in zip(values, is_thing) if thing]
+    # The authors' preparation numbers the panoptic categories 0..149, not 1..150.
+    return value_dataset(both, names, values, is_thing, {0}, panoptic=True,
+                         read_values=partial(read_ade20k_instances, things=things),
+                         category_ids=list(range(150)), label_values=values)
 
 
-def read_ade20k_instances(paths):
-    """Class map, instance PNG (R: index of the thing class, 0 none; G: number) -> Cityscapes' coding [H, W].
-    Instances override the class map; thing pixels outside every instance become void."""
-    things = np.array([0] + [value for value in range(1, 151) if value not in ADE20K_STUFF])
-    values, rgb = read_labels(paths[0]), read_image(paths[1]).astype(np.int32)
-    which, number = rgb[..., 0], rgb[..., 1]
-    if which.shape != values.shape or which.max() > 100:
-        raise UserError(f"{paths[1]}, {which.shape} with categories up to {which.max()} of 100, does not "
-                        f"hold the instances of {paths[0]}, {values.shape}")
-    return np.where(which > 0, 1000 * things[which] + number, np.where(np.isin(values, things), 0, values))
+def read_ade20k_instances(paths, things):
+    """A class map and a PNG of instances -> values [H, W] in Cityscapes' coding.
+
+    In the PNG, R is the place of the class among the 100 things, from 1 (0: no instance), and G the
+    number of the instance. Instances lie over the class map; pixels of things outside every
+    instance become void.
+    """
+    class_map_path, instance_path = paths
+    values = read_labels(class_map_path)
+    rgb = read_image(instance_path).astype(np.int32)
+    place, number = rgb[..., 0], rgb[..., 1]
+    if place.shape != values.shape or place.max() > len(things):
+        raise UserError(f"{instance_path}, {place.shape} with categories up to {place.max()} of "
+                        f"{len(things)}, does not hold the instances of {class_map_path}, "
+                        f"{values.shape}")
+    values = np.where(np.isin(values, things), 0, values)
+    return np.where(place > 0, 1000 * np.array([0, *things])[place] + number, values)
 
 
 def ade20k_full(root, split):
-    """ADE20K_2021_17_01/{index_ade20k.pkl,images/ADE/{training,validation}/SCENE/{X.jpg,X_seg.png}}
-    (https://ade20k.csail.mit.edu)"""
-    from pretrained import ArrayUnpickler                                # runs no code of the file's
-    root = root / "ADE20K_2021_17_01"
-    with open(root / "index_ade20k.pkl", "rb") as file:
-        index = ArrayUnpickler(file).load()
-    no_part = np.asarray(index["objectPresence"]) > np.asarray(index["objectIsPart"])    # [objects, images]
-    training = np.array(["training" in name.split("/") for name in index["folder"]])
-    # The 847 that both splits have, in the index's order; released weights were trained in another.
-    kept = no_part[:, training].any(1) & no_part[:, ~training].any(1)
-    values = (np.flatnonzero(kept) + 1).tolist()
-    names = [index["objectnames"][value - 1] for value in values]
-    images = root / "images" / "ADE" / PARTS[split]
-    return labelled(pair_files(images, images, ".jpg", "_seg.png"), names, values, values_of=read_ade20k_full,
-                    shrink_to=512)
+    """The 847 classes of the full ADE20K, in the order of the released weights."""
+    images = root / "ADE20K_2021_17_01" / "images" / "ADE" / PARTS[split]
+    classes = published_classes("ade20k-full")
+    pairs = pair_files(images, images, ".jpg", ["_seg.png"])
+    return value_dataset(pairs, [c["name"] for c in classes], [c["id"] for c in classes],
+                         read_values=read_ade20k_full, shrink_to=512)
 
 
 def read_ade20k_full(path):
+    """-> the class values [H, W] of an X_seg.png; its blue channel numbers the instances."""
     rgb = read_image(path).astype(np.int32)
     return rgb[..., 0] // 10 * 256 + rgb[..., 1]
 
 
 def cityscapes(root, split, panoptic=False):
-    """cityscapes/leftImg8bit/{train,val}/CITY/X_leftImg8bit.png and
-    cityscapes/gtFine/{train,val}/CITY/X_gtFine_{labelIds,instanceIds (panoptic)}.png
-    (https://www.cityscapes-dataset.com)"""
-    images, annotations = (root / "cityscapes" / part / split for part in ("leftImg8bit", "gtFine"))
-    kind = "instanceIds" if panoptic else "labelIds"
-    pairs = pair_files(images, annotations, "_leftImg8bit.png", f"_gtFine_{kind}.png")
-    names, values, is_thing = zip(*((label.name, label.id, label.has_instances)
-                                    for label in Cityscapes.classes if not label.ignore_in_eval))
-    return labelled(pairs, names, values, list(is_thing), panoptic=panoptic)
+    """The 19 classes of Cityscapes; in panoptic data, groups of things are crowd."""
+    root = root / "cityscapes"
+    labels = [label for label in Cityscapes.classes if not label.ignore_in_eval]
+    names = [label.name for label in labels]
+    values = [label.id for label in labels]
+    is_thing = [label.has_instances for label in labels]
+    images = root / "leftImg8bit" / split
+    if split == "test":
+        pairs = unlabelled(images)
+    else:
+        kind = "instanceIds" if panoptic else "labelIds"
+        pairs = pair_files(images, root / "gtFine" / split, "_leftImg8bit.png",
+                           [f"_gtFine_{kind}.png"])
+    # Its evaluators know images by this part of the file's name.
+    image_ids = {path.stem: path.stem.removesuffix("_leftImg8bit") for path, _ in pairs}
+    return value_dataset(pairs, names, values, is_thing, panoptic=panoptic, image_ids=image_ids,
+                         has_truth=split != "test")
+
+
+def unlabelled(folder):
+    """The images in a folder, as pairs without an annotation."""
+    return [(folder / file, None) for file in find_images(folder)]
 
 
 def mapillary(root, split):
-    """mapillary_vistas/{config.json,{training,validation}/{images/X.jpg,labels/X.png}}
-    (https://www.mapillary.com/dataset/vistas, version 1.2)"""
-    root = root / "mapillary_vistas"
-    labels = json.loads((root / "config.json").read_text(encoding="utf-8"))["labels"][:65]
-    pairs = pair_files(root / PARTS[split] / "images", root / PARTS[split] / "labels")
-    return labelled(pairs, [label["readable"] for label in labels], range(len(labels)), void=len(labels))
+    """The 65 classes of Mapillary Vistas 1.2."""
+    root = root / "mapillary_vistas" / PARTS[split]
+    names = [c["name"] for c in published_classes("mapillary")]
+    if split == "test":
+        pairs = unlabelled(root / "images")
+    else:
+        pairs = pair_files(root / "images", root / "labels")
+    return value_dataset(pairs, names, range(65), void_values={65}, has_truth=split != "test")
 
 
 def voc(root, split):
-    """VOCdevkit/VOC2012/{JPEGImages/X.jpg,SegmentationClass/X.png,ImageSets/Segmentation/{train,val}.txt}"""
+    """The 21 classes of Pascal VOC 2012, background among them."""
     root = root / "VOCdevkit" / "VOC2012"
     names = read_lines(root / "ImageSets" / "Segmentation" / f"{split}.txt")
     pairs = pair_files(root / "JPEGImages", root / "SegmentationClass", names=names)
-    classes = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
-               "motorbike person pottedplant sheep sofa train tvmonitor").split()
-    return labelled(pairs, classes, range(21), void=255)
+    classes = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable "
+               "dog horse motorbike person pottedplant sheep sofa train tvmonitor").split()
+    return value_dataset(pairs, classes, range(21), void_values={255})
 
 
 def coco_stuff_10k(root, split):
-    """coco/coco_stuff_10k/{images/X.jpg,annotations/X.mat,imageLists/{train,test}.txt}; or, instead of the
-    last two, annotations_detectron2/{train,test}/X.png (https://github.com/nightrome/cocostuff10k)"""
-    root, part = root / "coco" / "coco_stuff_10k", {"train": "train", "val": "test"}[split]
-    ids = [i for i in range(1, 183) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)]
-    names, prepared = [f"COCO-Stuff {i}" for i in ids], root / "annotations_detectron2" / part
-    if prepared.exists():
+    """The 171 classes of COCO-Stuff 10k, from its .mat files or from prepared PNGs."""
+    root = root / "coco" / "coco_stuff_10k"
+    part = "train" if split == "train" else "test"
+    classes = published_classes("coco-stuff-10k")
+    names = [c["name"] for c in classes]
+    ids = [c["id"] for c in classes]                                 # 1..182, with gaps
+    prepared = root / "annotations_detectron2" / part
+    if prepared.exists():                                            # PNGs of 0..170, 255 is void
         stems = sorted(png.stem for png in prepared.glob("*.png"))
         pairs = pair_files(root / "images", prepared, names=stems)
-        return labelled(pairs, names, range(171), void=255, category_ids=ids)
+        return value_dataset(pairs, names, range(171), void_values={255}, category_ids=ids)
     stems = read_lines(root / "imageLists" / f"{part}.txt")
-    pairs = pair_files(root / "images", root / "annotations", new_ending=".mat", names=stems)
-    return labelled(pairs, names, ids, void=0)
+    pairs = pair_files(root / "images", root / "annotations", new_endings=[".mat"], names=stems)
+    return value_dataset(pairs, names, ids, void_values={0})
 
 
+# ---------------------------------------------------------------------------- your own label images
+class ClassLine(NamedTuple):
+    """A line of classes.txt."""
+    index: int                  # of the line; the class's value in the label maps
+    name: str
+    color: tuple                # (R, G, B), or None
+    kind: str                   # thing, stuff or void
+
+
+LINE_OF_CLASS = re.compile(r"(?P<name>.+?)"
+                           r"(\s+(?P<color>\d+\s+\d+\s+\d+))?"
+                           r"(\s+(?P<kind>thing|stuff|void))?")
+
+
+def read_class_list(path):
+    """classes.txt -> [ClassLine]. A line is NAME [RED GREEN BLUE] [thing | stuff | void]."""
+    lines = []
+    for index, line in enumerate(read_lines(path)):
+        match = LINE_OF_CLASS.fullmatch(line)
+        color = None
+        if match["color"]:
+            color = tuple(int(number) for number in match["color"].split())
+            if max(color) > 255:
+                raise UserError(f"{path}: {line!r} lists a color beyond 255: colors are three "
+                                "numbers from 0 to 255")
+        lines.append(ClassLine(index, match["name"], color, match["kind"] or "stuff"))
+
+    names = [line.name for line in lines if line.kind != "void"]
+    colors = [line.color for line in lines if line.color]
+    if not names:
+        raise UserError(f"{path} lists no class: write the name of one in each line")
+    if repeated(names):
+        raise UserError(f"{path} lists {listing(map(repr, repeated(names)))} more than once: give "
+                        "each class a name of its own")
+    if colors and len(colors) < len(lines):
+        without = [line.name for line in lines if not line.color]
+        raise UserError(f"{path} lists no color for {listing(map(repr, without))}: give every "
+                        "class a color, or none")
+    if repeated(colors):
+        raise UserError(f"{path} lists the color {listing(repeated(colors))} more than once: give "
+                        "each class a color of its own")
+    return lines
+
+
+def folder(root, split):
+    """Your own label images: index PNGs, or colored ones whose colors classes.txt lists."""
+    lines = read_class_list(root / "classes.txt")
+    listed = [line for line in lines if line.kind != "void"]
+    annotations = root / "annotations" / split
+    pairs = pair_files(root / "images" / split, annotations,
+                       new_endings=[".png", ".PNG", "_L.png"])       # CamVid's end in _L.png
+    used = {annotation for _, annotation in pairs}
+    unused = [file for file in find_files(annotations, ".png") if annotations / file not in used]
+    if unused:
+        warn(f"{annotations}: PNGs that belong to no image ({len(unused)}): {listing(unused, 3)}")
+
+    void_values = {line.index for line in lines if line.kind == "void"}
+    if lines[0].color:
+        read_values = partial(read_colors, colors=[line.color for line in lines])
+    else:
+        read_values = read_labels
+        void_values.add(void_label(len(lines)))
+
+    dataset = value_dataset(pairs, [line.name for line in listed], [line.index for line in listed],
+                            [line.kind == "thing" for line in listed], void_values,
+                            read_values=read_values)
+    check_labels(dataset, annotations, only_255_is_void=void_values == {255})
+    return dataset
+
+
+def check_labels(dataset, where, only_255_is_void, most=50):
+    """Looks at up to 50 label maps and tells what would silently go wrong in training."""
+    classes = dataset.classes
+    every = math.ceil(len(dataset) / most)
+    occurring, has_void = classes_in(dataset, dataset.pairs[::every])
+    if len(occurring) < min(2, len(classes)):                        # too odd to be judged by 50
+        every = 1
+        occurring, has_void = classes_in(dataset, dataset.pairs)
+
+    if not occurring:
+        raise UserError(f"{where} holds nothing but void: there is nothing to learn")
+    if only_255_is_void and has_void and len(classes) == 2 and occurring == {0}:
+        raise UserError(f"{where} holds nothing but 0 and 255, and 255 is void. If these are your "
+                        "two classes: write 0 and 1, or list their colors in classes.txt "
+                        f"({classes[0]} 0 0 0, {classes[1]} 255 255 255)")
+    warn_of_one_class(classes, where)
+    missing = [repr(name) for k, name in enumerate(classes) if k not in occurring]
+    if missing:
+        looked_at = f"any of the {len(dataset.pairs[::every])} label maps looked at"
+        if every == 1:
+            looked_at = "any label map"
+        hint = ""
+        if only_255_is_void and has_void:
+            hint = "; 255 is void: if it stands for a class, write that class's index instead"
+        warn(f"{where}: no {listing(missing)} in {looked_at}{hint}")
+
+
+def classes_in(dataset, pairs):
+    """-> the set of classes that occur in the label maps of these pairs, and whether void does."""
+    occurring, has_void = set(), False
+    for _, annotation in pairs:
+        segment_map, class_of, _ = dataset.read_segments(annotation)
+        occurring.update(class_of.values())
+        has_void = has_void or bool((segment_map == 0).any())
+    return occurring, has_void
+
+
+def warn_of_one_class(classes, where):
+    if len(classes) == 1:
+        warn(f"{where}: {classes[0]!r} is the only class, so mIoU and the per-pixel loss say "
+             "nothing: if there is a background, make it a class")
+
+
+# --------------------------------------------------------------------------- COCO's panoptic format
 def coco_panoptic(root, split):
-    """coco/{train,val}2017/X.jpg, coco/annotations/panoptic_{train,val}2017.json, and the PNGs in
-    panoptic_{train,val}2017/ in coco or coco/annotations (or try --download)"""
+    """The 133 classes of COCO 2017."""
     root, name = root / "coco", f"panoptic_{split}2017"
+    if split == "test":
+        classes = published_classes("coco-panoptic")
+        pairs = unlabelled(root / "test2017")
+        return SegmentationDataset(pairs, [c["name"] for c in classes],
+                                   [bool(c["isthing"]) for c in classes], read_segments=None,
+                                   category_ids=[c["id"] for c in classes], panoptic=True,
+                                   image_ids={path.stem: int(path.stem) for path, _ in pairs},
+                                   has_truth=False)
     maps = root / name if (root / name).exists() else root / "annotations" / name
-    return coco_format(root / f"{split}2017", maps, root / "annotations" / f"{name}.json")
+    json_file = root / "annotations" / f"{name}.json"
+    return coco_format(root / f"{split}2017", maps, json_file)
 
 
 def panoptic(root, split):
-    """images/{train,val}/X.jpg; in COCO's format panoptic_{train,val}/X.png and panoptic_{train,val}.json"""
-    return coco_format(root / "images" / split, root / f"panoptic_{split}", root / f"panoptic_{split}.json")
+    """Your own data in COCO's panoptic format."""
+    other_split = "val" if split == "train" else "train"
+    return coco_format(root / "images" / split, root / f"panoptic_{split}",
+                       root / f"panoptic_{split}.json", root / f"panoptic_{other_split}.json")
 
 
-def coco_format(images, maps, json_file):
-    """COCO's panoptic format: a folder of images, one of PNGs, a json of categories, images, annotations."""
-    images.stat(), maps.stat()                                           # FileNotFoundError if not there
+def coco_format(images, maps, json_file, other_json_file=None):
+    """A dataset in COCO's panoptic format.
+
+    images, maps: the folders of images and of PNGs
+    json_file: the json that lists both
+    other_json_file: that of another split, if there is one; classes are those of both together, so
+        that each has one number even if one of the splits lacks it
+    """
+    require(images, maps, json_file)
+    content = read_coco_json(json_file)
+    categories = read_categories(json_file, content)
+    if other_json_file and other_json_file.exists():
+        others = read_categories(other_json_file, read_coco_json(other_json_file))
+        differing = differences(categories, others)
+        if differing:
+            raise UserError(f"{json_file} and {other_json_file} differ in the categories "
+                            f"{listing(differing)}: make them equal")
+        categories = dict(sorted((others | categories).items()))
+
+    annotations = match_images(json_file, content)
+    image_files = match_files(images, [image["file_name"] for _, image in annotations])
+    map_files = match_files(maps, [annotation["file_name"] for annotation, _ in annotations])
+
+    class_of_category = {category_id: k for k, category_id in enumerate(categories)}
+    pairs, image_ids = [], {}
+    for (annotation, _), image_file, map_file in zip(annotations, image_files, map_files):
+        segments = listed_segments(json_file, annotation, class_of_category)
+        pairs.append((image_file, (map_file, segments)))
+        image_ids[image_file.stem] = annotation["image_id"]
+
+    names = [name for name, _ in categories.values()]
+    is_thing = [thing for _, thing in categories.values()]
+    check_segments(json_file, names, [segments for _, (_, segments) in pairs])
+    return SegmentationDataset(pairs, names, is_thing, read_panoptic_png, list(categories),
+                               panoptic=True, image_ids=image_ids)
+
+
+COCO_KEYS = {"categories": ("id", "name"), "images": ("id", "file_name"),
+             "annotations": ("image_id", "file_name", "segments_info")}
+
+
+def read_coco_json(path):
+    """A json in COCO's panoptic format, with the lists and the keys that it must have."""
     try:
-        content = json.loads(json_file.read_text(encoding="utf-8"))
-        categories = sorted(content["categories"], key=lambda category: category["id"])
-        class_of_id = {category["id"]: k for k, category in enumerate(categories)}   # ids have gaps
-        if not 0 < len(class_of_id) == len(categories) or not class_of_id.keys() <= {*range(2 ** 16)}:
-            raise ValueError(f"categories need different ids, 0..65535, not {[c['id'] for c in categories]}")
-        file_of = {image["id"]: images / image["file_name"] for image in content["images"]}
-        annotations = sorted(content["annotations"], key=lambda annotation: annotation["image_id"])
-        pairs = [(file_of.get(annotation["image_id"]), listed_segments(annotation, file_of, class_of_id))
-                 for annotation in annotations]
-        names, is_thing = zip(*((str(c["name"]), bool(int(c["isthing"]))) for c in categories))
-    except (KeyError, OverflowError, TypeError, ValueError) as error:
-        problem = f"it lacks {error}" if isinstance(error, KeyError) else error
-        raise UserError(f"{json_file} is not in COCO's panoptic format: {problem}") from error
-    read = partial(read_panoptic_png, folder=maps)
-    image_ids = {path.stem: annotation["image_id"] for (path, _), annotation in zip(pairs, annotations)}
-    return SegmentationDataset(pairs, list(names), list(is_thing), read, list(class_of_id), True, image_ids)
+        content = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not a whole json file ({error}): export it again") from error
+    problem = f"{path} is not in COCO's panoptic format"
+    for part, keys in COCO_KEYS.items():
+        entries = content.get(part) if isinstance(content, dict) else None
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise UserError(f"{problem}: it lacks the list {part!r}")
+        for entry in entries:
+            for key in keys:
+                if key not in entry:
+                    raise UserError(f"{problem}: an entry of {part!r} lacks {key!r}: {entry!s:.80}")
+    return content
 
 
-def listed_segments(annotation, file_of, class_of_id):
-    """An entry of COCO's json -> name of its PNG; id, class and crowd flag of each segment [n, 3], by id (an
-    array: each loader worker keeps all). ValueError if it does not agree with the others or with itself."""
-    name, segments = annotation["file_name"], annotation["segments_info"]
-    if annotation["image_id"] not in file_of:
-        raise ValueError(f"{name} belongs to image {annotation['image_id']}, which is not in its list")
-    if unknown := {segment["category_id"] for segment in segments} - class_of_id.keys():
-        raise ValueError(f"{name} has segments of the categories {unknown}, which are not in its list")
-    if len({segment["id"] for segment in segments}) < len(segments):
-        raise ValueError(f"{name} has two segments of one id")
-    rows = [(s["id"], class_of_id[s["category_id"]], bool(s.get("iscrowd"))) for s in segments]
-    rows = np.array(rows, np.int64).reshape(-1, 3)
-    return name, rows[rows[:, 0].argsort()]
+def read_categories(json_file, content):
+    """-> {category id: (name, is it a thing?)}, sorted by id; ids may have gaps."""
+    categories = content["categories"]
+    ids = [category["id"] for category in categories]
+    # Index PNGs, in which evaluate.py saves results, hold no larger number.
+    if not ids or repeated(map(str, ids)) or not all(is_number(i, 0, 65535) for i in ids):
+        raise UserError(f"{json_file}: categories need different ids from 0 to 65535, not {ids}")
+    names = [str(category["name"]) for category in categories]
+    if repeated(names):
+        raise UserError(f"{json_file} lists {listing(map(repr, repeated(names)))} more than once: "
+                        "give each category a name of its own")
+    without = [name for name, category in zip(names, categories) if "isthing" not in category]
+    if without:
+        warn(f"{json_file}: no \"isthing\" in the categories {listing(map(repr, without))}, which "
+             "are taken for things (objects that are counted)")
+    things = [as_flag(category.get("isthing", 1), "isthing", json_file) for category in categories]
+    return dict(sorted(class_table(ids, names, things).items()))
 
 
-def read_panoptic_png(annotation, folder):
-    """What `listed_segments` returns, and its PNG, where id = R + 256 G + 65536 B -> segment map [H, W] with
-    ids 1, 2, .. in the order of the json's ids, {id: class}, crowd ids."""
-    name, segments = annotation
-    ids = read_image(folder / name).astype(np.int32) @ np.array([1, 256, 65536], np.int32)   # [H, W]
-    listed = np.append(0, segments[:, 0])
-    segment_map = np.searchsorted(listed, ids).clip(max=len(segments))
-    wrong = np.unique(ids[listed[segment_map] != ids]).tolist()
+def is_number(value, low, high):
+    """Whether a value from a json is an integer from low to high."""
+    return type(value) is int and low <= value <= high
+
+
+def as_flag(value, key, where):
+    """0, 1, false or true, also as text -> bool. key, where: of the json, for the message."""
+    flags = {"0": False, "false": False, "1": True, "true": True}
+    text = str(value).lower()
+    if text not in flags:
+        raise UserError(f"{where}: {key!r} is {value!r}: write 0 or 1")
+    return flags[text]
+
+
+def match_images(json_file, content):
+    """-> [(annotation, its image)] in the order of the image ids.
+
+    Ids may be numbers on one side and text on the other, as some tools write them.
+    """
+    ids = [image["id"] for image in content["images"]]
+    wrong = [i for i in ids if type(i) not in (int, str)]
     if wrong:
-        raise UserError(f"{folder / name}: its json entry lacks the ids (R + 256 G + 65536 B) {wrong[:10]}")
+        raise UserError(f"{json_file}: ids of images are integers or text, not {wrong[0]!r}")
+    by_text = {}
+    for image in content["images"]:
+        by_text.setdefault(str(image["id"]), []).append(image)
+    for same_id in by_text.values():
+        if len(same_id) > 1:
+            files = [image["file_name"] for image in same_id]
+            raise UserError(f"{json_file}: {listing(files)} have the same id "
+                            f"{same_id[0]['id']!r}: give each image an id of its own")
+
+    annotations = content["annotations"]
+    unmatched = [a["image_id"] for a in annotations if str(a["image_id"]) not in by_text]
+    if unmatched:
+        raise UserError(f"{json_file} has annotations of the images "
+                        f"{listing(map(repr, unmatched), 20)}, which are not in its list of images")
+    twice = repeated(str(a["image_id"]) for a in annotations)
+    if twice:
+        raise UserError(f"{json_file} has several annotations of the images {listing(twice)}: "
+                        "merge them")
+
+    annotated = {str(a["image_id"]) for a in annotations}
+    ignored = [images[0]["file_name"] for text, images in by_text.items() if text not in annotated]
+    if ignored:
+        warn(f"{json_file}: images without an annotation are ignored ({len(ignored)}): "
+             f"{listing(ignored, 3)}")
+    # Numbers before text, which Python does not compare.
+    annotations = sorted(annotations, key=lambda a: (isinstance(a["image_id"], str), a["image_id"]))
+    return [(annotation, by_text[str(annotation["image_id"])][0]) for annotation in annotations]
+
+
+def match_files(folder, names):
+    """The files that a json names -> their paths.
+
+    As some tools write them, names may hold subfolders that are not there and, for PNGs, the ending
+    of the image.
+    """
+    found = set(glob.glob("**/*", root_dir=folder, recursive=True))
+    files, missing = [], []
+    for name in names:
+        name = str(name).replace("\\", "/")                          # written on Windows
+        png = os.path.splitext(name)[0] + ".png"
+        candidates = (name, png, os.path.basename(name), os.path.basename(png))
+        existing = [candidate for candidate in candidates if candidate in found]
+        if existing:
+            files.append(existing[0])
+        else:
+            missing.append(name)
+    if missing:
+        problem = f"no such file ({len(missing)} missing: {listing(missing, 3)})"
+        raise FileNotFoundError(errno.ENOENT, problem, str(folder / missing[0]))
+    if repeated(files):
+        raise UserError(f"{folder / repeated(files)[0]} belongs to two entries of the json: give "
+                        "each a file of its own")
+    return [folder / file for file in files]
+
+
+def listed_segments(json_file, annotation, class_of_category):
+    """An annotation of COCO's json -> id, class and crowd flag of its segments [n, 3], by id.
+
+    An array, because every loader worker keeps those of all images.
+    """
+    where = f"{json_file}, annotation {annotation['file_name']}"
+    rows = []
+    for segment in annotation["segments_info"]:
+        for key in ("id", "category_id"):
+            if key not in segment:
+                raise UserError(f"{where}: a segment lacks {key!r}: {segment!s:.80}")
+        # 0 is void in the PNG; three channels hold no more than 2 ** 24 - 1.
+        if not is_number(segment["id"], 1, 2 ** 24 - 1):
+            raise UserError(f"{where}: a segment has the id {segment['id']!r}: ids are integers "
+                            f"from 1 to {2 ** 24 - 1}")
+        if segment["category_id"] not in class_of_category:
+            raise UserError(f"{where}: a segment has the category {segment['category_id']!r}, "
+                            "which is not in the list of categories")
+        crowd = as_flag(segment.get("iscrowd") or 0, "iscrowd", where)
+        rows.append((segment["id"], class_of_category[segment["category_id"]], crowd))
+    if len({i for i, _, _ in rows}) < len(rows):
+        raise UserError(f"{where}: two segments have the same id")
+    return np.array(sorted(rows), np.int64).reshape(-1, 3)
+
+
+def check_segments(json_file, names, segments):
+    """Tells what would silently go wrong in training. segments: [n, 3] of each image, as above."""
+    if not segments or not sum(len(rows) for rows in segments):
+        raise UserError(f"{json_file} lists no segment: there is nothing to learn")
+    _, labels, crowd = np.concatenate(segments).T
+    if crowd.all():
+        raise UserError(f"{json_file} lists nothing but crowd regions: there is nothing to learn")
+    warn_of_one_class(names, json_file)
+    occurring = set(labels.tolist())
+    missing = [repr(name) for k, name in enumerate(names) if k not in occurring]
+    if missing:
+        warn(f"{json_file}: no segment of the category {listing(missing)}")
+
+
+def read_panoptic_png(annotation):
+    """A PNG and its `listed_segments` -> segment map [H, W], {segment id: class}, crowd ids.
+
+    Segment ids are 1, 2, .. in the order of the json's ids.
+    """
+    path, segments = annotation
+    listed = np.append(0, segments[:, 0])                            # 0 is void
+    ids = read_ids(path, listed)
+    segment_map = np.searchsorted(listed, ids).clip(max=len(segments))
+    unlisted = np.unique(ids[listed[segment_map] != ids]).tolist()
+    if unlisted:
+        raise UserError(f"{path} holds the ids [{listing(unlisted)}] (R + 256 G + 65536 B, or the "
+                        "value of a single channel), which its json entry does not list")
     class_of = dict(enumerate(segments[:, 1].tolist(), 1))
     crowd = (np.flatnonzero(segments[:, 2]) + 1).tolist()
     return segment_map.astype(np.uint8 if len(segments) <= 255 else np.int32), class_of, crowd
 
 
-def fit(size, short_side, max_long_side=math.inf):
-    """(H, W) -> (H, W) with this short side, or smaller, to keep within the long side. Sides are rounded;
-    v2.RandomShortestSize truncates them (and turns some 512 into 511)."""
-    scale = min(short_side / min(size), max_long_side / max(size))
-    return [max(1, int(side * scale + 0.5)) for side in size]
+def read_ids(path, listed):
+    """-> the segment ids [H, W] of a panoptic PNG: R + 256 G + 65536 B, or its only channel."""
+    image = open_image(path)
+    if image.mode in ("RGB", "RGBA", "P"):
+        ids = np.array(image.convert("RGB")) @ np.array([1, 256, 65536], np.int32)
+        # A palette may merely compress the colors; otherwise its indices are the ids.
+        if image.mode != "P" or np.isin(ids, listed).all():
+            return ids
+    return np.array(image).astype(np.int32)
 
 
-def resized(image, segment_map, short_side, max_long_side=math.inf):
-    """-> both, with sides as `fit` tells. NOTE 8: torch's "nearest" shifts a map by up to half a pixel,
-    as in the released code on semantic data; its panoptic maps are resized by Pillow, which does not."""
-    resize = v2.Resize(fit(image.shape[-2:], short_side, max_long_side))
-    return resize(tv_tensors.Image(image), tv_tensors.Mask(segment_map))
+# ----------------------------------------------------------------------- comparing lists of classes
+def align_classes(dataset, info):
+    """The dataset with its classes numbered as in a checkpoint, which may know more of them.
+
+    info: the checkpoint's dict of "classes", "is_thing" and "category_ids" (old ones lack the last)
+    UserError, naming the classes, if the dataset has others than the checkpoint.
+    """
+    if dataset.classes == info["classes"] and (dataset.is_thing == info["is_thing"]
+                                               or not dataset.panoptic):
+        return dataset                           # the same classes in the same order
+    sizes = f"the checkpoint has {len(info['classes'])} classes, the dataset {len(dataset.classes)}"
+    remedy = "choose the data it was trained on (--dataset, --data-root)"
+    if not info.get("category_ids"):
+        if len(info["classes"]) != len(dataset.classes):
+            raise UserError(f"{sizes}: {remedy}")
+        differing = [f"{mine!r} is {theirs!r}"
+                     for mine, theirs in zip(dataset.classes, info["classes"]) if mine != theirs]
+        warn(f"classes of the dataset that the checkpoint calls otherwise: {listing(differing)}")
+        return dataset
+
+    known = class_table(info["category_ids"], info["classes"], info["is_thing"])
+    own = class_table(dataset.category_ids, dataset.classes, dataset.is_thing)
+    differing = differences(own, known, compare_things=dataset.panoptic)
+    differing += [f"{i}: {name!r} against nothing"
+                  for i, (name, _) in own.items() if i not in known]
+    if differing:
+        raise UserError(f"{sizes}, and the dataset's differ from the checkpoint's in "
+                        f"{listing(differing)}: {remedy}")
+
+    number = {category_id: k for k, category_id in enumerate(info["category_ids"])}
+    aligned = copy.copy(dataset)
+    aligned.classes = list(info["classes"])
+    aligned.is_thing = list(info["is_thing"])
+    aligned.category_ids = list(info["category_ids"])
+    aligned.label_values = list(info.get("label_values") or info["category_ids"])
+    aligned.read_segments = partial(renumbered_segments, read_segments=dataset.read_segments,
+                                    new_number=[number[i] for i in dataset.category_ids])
+    return aligned
 
 
-def label_map(segment_map, class_of, void):
-    """Segments -> classes of pixels [H, W] int64, `void` where no segment is."""
-    table = torch.full((int(segment_map.max()) + 1,), void)
-    for i, label in class_of.items():
-        table[i:i + 1] = label                                           # a slice: i may not be in the map
-    return table[segment_map.long()]
+def renumbered_segments(annotation, read_segments, new_number):
+    """`read_segments`, with class new_number[k] instead of k."""
+    segment_map, class_of, crowd = read_segments(annotation)
+    return segment_map, {i: new_number[k] for i, k in class_of.items()}, crowd
 
 
-def void_label(num_classes):
-    """The value of void in label maps and index PNGs: 255, or 65535 where 255 is a class."""
-    return 255 if num_classes <= 255 else 65535
+def class_table(category_ids, classes, is_thing):
+    """-> {category id: (name, is it a thing?)}"""
+    return {i: (name, thing) for i, name, thing in zip(category_ids, classes, is_thing)}
 
 
-# ---------------------------------------------------------------------------------------- drawn shapes
-TEXTURES = {"stripes": (0, 0, 0), "checks": (0, 1, 0), "dots": (0, 1, 0.5), "waves": (2, 0, 0),
-            "plain": (0, 0, -2)}                      # bent, crossed, level: see `texture`
-FORMS = {"disk": 0, "peanut": 2, "trefoil": 3, "cross": 4, "star": 5}    # lobes: see `form`
+def differences(ours, theirs, compare_things=True):
+    """Classes that two class tables have under one id but with another name or thing flag."""
+    differing = []
+    for i in sorted(ours.keys() & theirs.keys()):
+        (name, thing), (other_name, other_thing) = ours[i], theirs[i]
+        if name != other_name:
+            differing.append(f"{i}: {name!r} against {other_name!r}")
+        elif compare_things and thing != other_thing:
+            kinds = "a thing against stuff" if thing else "stuff against a thing"
+            differing.append(f"{i}: {name!r}, {kinds}")
+    return differing
 
 
-class Shapes(SegmentationDataset):
-    """Drawn pictures: two or three textured regions (stuff), and on them one to three forms (things, each an
-    instance). A picture is a function of (seed, split, index). Half of the classes are textures, half forms;
-    each has its own hue; with more than five of a kind, some differ in hue alone."""
-
-    def __init__(self, root=None, split="train", num_classes=6, size=(64, 96), length=None, seed=0):
-        self.size, self.seed = size, [seed, ("train", "val").index(split)]
-        self.num_stuff, num_things = (num_classes + 1) // 2, num_classes // 2
-        self.kinds = ((list(TEXTURES) * num_classes)[:self.num_stuff]
-                      + (list(FORMS) * num_classes)[:num_things])
-        self.hues = [k / n for n in (self.num_stuff, num_things) for k in range(n)]
-        hued = [f"{kind} of hue {360 * hue:.0f}" for kind, hue in zip(self.kinds, self.hues)]
-        numbers = range(length or {"train": 20_000, "val": 100}[split])
-        super().__init__([(f"{number:05d}", None) for number in numbers],
-                         self.kinds if num_classes <= 10 else hued,
-                         [k >= self.num_stuff for k in range(num_classes)], read_segments=None,
-                         category_ids=list(range(num_classes)), panoptic=True)
-
-    def __getitem__(self, index):
-        name, _ = self.pairs[index]
-        rng, (H, W), K = np.random.default_rng([*self.seed, index]), self.size, len(self.classes)
-        y, x = np.mgrid[:H, :W].astype(np.float32)
-        image, segment_map = np.zeros((H, W, 3), np.float32), np.zeros((H, W), np.uint8)
-        stuff = rng.permutation(self.num_stuff)[:rng.integers(2, 4)].tolist()
-        things = rng.integers(self.num_stuff, K, rng.integers(1, 4)).tolist() if K > self.num_stuff else []
-        class_of, boundary = dict(enumerate(stuff + things, 1)), np.zeros(W)
-        for i, label in class_of.items():                                # painted over one another
-            if label in stuff:
-                region, shade = y >= boundary, texture(self.kinds[label], rng, x + 1j * y)
-                wave = 4 * np.sin(x[0] / rng.uniform(6, 12) + rng.uniform(0, 6))
-                boundary = boundary + rng.uniform(0.25, 0.5) * H + wave
-            else:
-                region, shade = form(self.kinds[label], rng, x + 1j * y), np.ones_like(x)
-            hue = self.hues[label] + rng.uniform(-0.35, 0.35) / max(3, K / 2)
-            color = colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.4, 0.9), rng.uniform(0.5, 1))
-            image[region], segment_map[region] = shade[region][:, None] * np.float32(color), i
-        image += rng.standard_normal(image.shape, np.float32) * 0.03
-        area = np.bincount(segment_map.ravel(), minlength=len(class_of) + 1)
-        class_of = {i: label for i, label in class_of.items() if area[i] >= 16}          # slivers become void
-        segment_map[~np.isin(segment_map, list(class_of))] = 0
-        image = torch.from_numpy((image.clip(0, 1) * 255).astype(np.uint8)).permute(2, 0, 1)
-        return image, torch.from_numpy(segment_map), class_of, [], name
-
-
-def texture(kind, rng, z):
-    """-> shade [H, W] of a turned pattern with a period of 6 to 12 pixels. z: x + iy of each pixel."""
-    angle, period = rng.uniform(0, np.pi), rng.uniform(6, 12) / (2 * np.pi)
-    z = z * (cmath.exp(1j * angle) / period)
-    bent, crossed, level = TEXTURES[kind]
-    dark = np.sin(z.real + bent * np.sin(z.imag / 2)) * (np.sin(z.imag) if crossed else 1) < level
-    return np.where(dark, np.float32(0.55), np.float32(1))
-
-
-def form(kind, rng, z):
-    """-> region [H, W] of a turned form somewhere in the picture."""
-    (H, W), turn = z.shape, rng.uniform(0, 2 * np.pi)
-    radius = rng.uniform(0.12, 0.22) * min(H, W)
-    z = (z - complex(W * rng.uniform(0.1, 0.9), H * rng.uniform(0.1, 0.9))) / radius
-    return abs(z) < 1 + 0.4 * np.cos(FORMS[kind] * (np.angle(z) + turn))
-
-
+# --------------------------------------------------------------------------------- all the datasets
 DATASETS = {
-    "shapes": Shapes, "folder": folder, "panoptic": panoptic, "ade20k": ade20k, "ade20k-full": ade20k_full,
-    "ade20k-panoptic": partial(ade20k, panoptic=True), "coco-panoptic": coco_panoptic, "voc": voc,
-    "coco-stuff-10k": coco_stuff_10k, "cityscapes": cityscapes, "mapillary": mapillary,
-    "cityscapes-panoptic": partial(cityscapes, panoptic=True)}
+    "shapes": Shapes,
+    "folder": folder,
+    "panoptic": panoptic,
+    "ade20k": ade20k,
+    "ade20k-full": ade20k_full,
+    "ade20k-panoptic": partial(ade20k, panoptic=True),
+    "coco-panoptic": coco_panoptic,
+    "voc": voc,
+    "coco-stuff-10k": coco_stuff_10k,
+    "cityscapes": cityscapes,
+    "mapillary": mapillary,
+    "cityscapes-panoptic": partial(cityscapes, panoptic=True),
+}
+LAYOUT = {
+    "folder": "classes.txt (a class in each line), images/{train,val}/X.jpg, "
+              "annotations/{train,val}/X.png (class indices, 255 is void)",
+    "panoptic": "images/{train,val}/X.jpg and, in COCO's format, panoptic_{train,val}/X.png and "
+                "panoptic_{train,val}.json",
+    "ade20k": "ADEChallengeData2016/{images,annotations}/{training,validation}/X.{jpg,png}",
+    "ade20k-full": "ADE20K_2021_17_01/images/ADE/{training,validation}/SCENE/{X.jpg,X_seg.png} "
+                   "(https://ade20k.csail.mit.edu)",
+    "ade20k-panoptic": "ADEChallengeData2016/{images,annotations,annotations_instance}/"
+                       "{training,validation}/X.{jpg,png}",
+    "coco-panoptic": "coco/{train,val}2017/X.jpg, coco/annotations/panoptic_{train,val}2017.json, "
+                     "and PNGs in panoptic_{train,val}2017/ in coco or coco/annotations",
+    "voc": "VOCdevkit/VOC2012/{JPEGImages/X.jpg,SegmentationClass/X.png,"
+           "ImageSets/Segmentation/{train,val}.txt}",
+    "coco-stuff-10k": "coco/coco_stuff_10k/{images/X.jpg,annotations/X.mat,"
+                      "imageLists/{train,test}.txt} or, instead of the last two, "
+                      "annotations_detectron2/{train,test}/X.png "
+                      "(https://github.com/nightrome/cocostuff10k)",
+    "cityscapes": "cityscapes/leftImg8bit/{train,val}/CITY/X_leftImg8bit.png and "
+                  "cityscapes/gtFine/{train,val}/CITY/X_gtFine_labelIds.png "
+                  "(https://www.cityscapes-dataset.com)",
+    "mapillary": "mapillary_vistas/{training,validation}/{images/X.jpg,labels/X.png} "
+                 "(https://www.mapillary.com/dataset/vistas, version 1.2)",
+    "cityscapes-panoptic": "cityscapes/leftImg8bit/{train,val}/CITY/X_leftImg8bit.png and "
+                           "cityscapes/gtFine/{train,val}/CITY/X_gtFine_instanceIds.png "
+                           "(https://www.cityscapes-dataset.com)",
+}

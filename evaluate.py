@@ -1,12 +1,21 @@
 """How good it is: mIoU, PQ, pictures, one's own photos (MaskFormer, Sec. 3.4, 4).
 
-Letters   Q queries · K classes · H W size of the original image · h w size of the network's input
-
-    python evaluate.py --checkpoint runs/shapes-001/last.pt                  # the metrics of its dataset
+    python evaluate.py --checkpoint runs/shapes-001/last.pt          # the metrics of its dataset
     python evaluate.py --weights maskformer_R50_bs16_160k --images photo.jpg --save out
+
+Letters   Q queries · K classes · H W size of the original image · n segments or classes at a time
+          T P segments of the truth and of the prediction, void included
 """
+import argparse
 import colorsys
 import json
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -17,434 +26,834 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.v2.functional import resize, to_pil_image
 
-from data import (ADE20K_STUFF, DATASETS, IMAGE_SUFFIXES, SegmentationDataset, UserError, build_dataset, fit,
-                  label_map, read_image, recipe, void_label)
-from maskformer import (MaskFormer, PerPixelBaseline, PerPixelBaselinePlus, panoptic_inference,
-                        semantic_inference)
-from pretrained import load_official
-from run import (Flags, command, counter, rank, read_checkpoint, start_process, sum_over_processes,
-                 world_size)
+from data import (DATASETS, IMAGE_SUFFIXES, SegmentationDataset, UserError, align_classes,
+                  build_dataset, fit, ignore_stop_signals, label_map, read_image, void_label,
+                  without_truth)
+from maskformer import MaskFormer, build_model, panoptic_inference, semantic_inference
 
-PIXELS_AT_ONCE = 2 ** 13, 2 ** 20     # classified at a time: CPU (fits its cache), GPU
 TEST_OPTIONS = ("test_short_side", "test_max_long_side", "object_threshold", "overlap_threshold")
+AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-# ---------------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------------------ processes
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0           # the number of this process
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1     # how many processes there are
+
+
+def sum_over_processes(value):
+    """Adds up a tensor over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def pick_device():
+    """The GPU of this process, or the CPU if there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(f"--nproc-per-node: there are only {torch.cuda.device_count()} GPUs here")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def backend_for(device):
+    """CPU tensors go by gloo, GPU tensors by nccl where it exists (not on Windows)."""
+    on_gpu = device.type == "cuda" and dist.is_nccl_available()
+    return "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+
+
+def rendezvous():
+    """-> the store, rank and world size that torchrun gives, for `init_process_group`.
+
+    A job that torchrun restarts finds in the store the addresses of its dead processes, and might
+    wait for them forever: the prefix hides them.
+    """
+    store, number, count = next(dist.rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return {"store": dist.PrefixStore(f"attempt {attempt}", store),
+            "rank": number,
+            "world_size": count}
+
+
+def pick_amp(name, device):
+    """The precision that `--amp auto` stands for: bf16 on a GPU that has it, else float32."""
+    if name != "auto":
+        return name
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "off"
+
+
+# ------------------------------------------------------------------------------------ metrics
 class ConfusionMatrix:
-    """Counts of (true class, predicted class) over a whole set; void pixels of the truth do not count.
+    """Counts of (true class, predicted class) over a whole set, without void pixels of the truth.
 
-    IoU of a class = TP / (TP + FP + FN). With truth [0, 0, 1, 255] and prediction [0, 1, 1, 1] both classes
-    have IoU 1/2: mIoU 50, mACC 75, pACC 66.7. All values are percentages.
+    IoU of a class = TP / (TP + FP + FN). With truth [0, 0, 1, 255] and prediction [0, 1, 1, 1] both
+    classes have an IoU of 1/2: mIoU 50, mACC 75, pACC 66.7. All values are percentages.
     """
 
     def __init__(self, num_classes, void=255):
-        self.num_classes, self.void = num_classes, void
-        self.counts = torch.zeros(num_classes, num_classes + 1, dtype=torch.int64)   # last: predicted void
+        self.num_classes = num_classes
+        self.void = void
+        self.counts = torch.zeros(num_classes, num_classes + 1, dtype=torch.int64)   # last: void
 
     def update(self, prediction, target):
-        """prediction, target [H, W]: classes or void, else ValueError; RuntimeError for unequal sizes."""
-        K, target = self.num_classes, torch.as_tensor(target).long()
-        both = torch.stack([target, torch.as_tensor(prediction).to(target.device).long()])   # of equal size
-        for what, values in zip(("target", "prediction"), both):
-            low, high = map(int, values.masked_fill(values == self.void, 0).aminmax())
-            if not 0 <= low <= high < K:
-                raise ValueError(f"a {what} holds {low}..{high}, not 0..{K - 1}")
-        truth, answer = both.masked_fill(both == self.void, K)           # void: the last row, not counted
-        counts = torch.bincount((truth * (K + 1) + answer).flatten(), minlength=(K + 1) ** 2)
-        self.counts += counts.view(K + 1, K + 1)[:K].cpu()
+        """prediction, target [H, W]: classes or void. ValueError for other values or sizes."""
+        target = torch.as_tensor(target).long()
+        prediction = torch.as_tensor(prediction).to(target.device).long()
+        if prediction.shape != target.shape:
+            raise ValueError(f"prediction {tuple(prediction.shape)}, target {tuple(target.shape)}")
+        target = self.without_void(target, "target")
+        prediction = self.without_void(prediction, "prediction")
+
+        columns = self.num_classes + 1
+        pair = target * columns + prediction
+        counts = torch.bincount(pair.flatten(), minlength=columns * columns).view(columns, columns)
+        self.counts += counts[:self.num_classes].cpu()               # the last row: void in truth
+
+    def without_void(self, labels, name):
+        """The labels with K in place of void. ValueError if any other value is not a class."""
+        is_void = labels == self.void
+        low, high = (int(x) for x in labels.masked_fill(is_void, 0).aminmax())
+        if low < 0 or high >= self.num_classes:
+            raise ValueError(f"a {name} holds {low}..{high}, not 0..{self.num_classes - 1}")
+        return labels.masked_fill(is_void, self.num_classes)
 
     def compute(self):
-        """-> mIoU and mACC (means over classes that occur in the truth), pACC, fwIoU, IoU [K] (else NaN)."""
+        """-> mIoU and mACC (means over classes that occur in the truth), pACC, fwIoU, and IoU [K],
+        NaN for the other classes."""
         counts = sum_over_processes(self.counts.clone()).double()
-        hit, true, predicted = counts.diagonal(), counts.sum(1), counts[:, :-1].sum(0)
-        occurs, total = true > 0, true.sum().clamp(min=1)
+        hit = counts.diagonal()
+        true = counts.sum(1)
+        predicted = counts[:, :-1].sum(0)
+        occurs = true > 0
         iou = torch.where(occurs, hit / (true + predicted - hit).clamp(min=1), torch.nan)
-        n = occurs.sum().clamp(min=1)
-        return {"mIoU": (100 * iou[occurs].sum() / n).item(),
-                "mACC": (100 * (hit / true)[occurs].sum() / n).item(),
-                "pACC": (100 * hit.sum() / total).item(),
-                "fwIoU": (100 * (true * iou)[occurs].sum() / total).item(), "IoU": (100 * iou).tolist()}
+        accuracy = hit / true.clamp(min=1)
+        num_classes = occurs.sum().clamp(min=1)
+        num_pixels = true.sum().clamp(min=1)
+        return {"mIoU": 100 * (iou[occurs].sum() / num_classes).item(),
+                "mACC": 100 * (accuracy[occurs].sum() / num_classes).item(),
+                "pACC": 100 * (hit.sum() / num_pixels).item(),
+                "fwIoU": 100 * ((true * iou)[occurs].sum() / num_pixels).item(),
+                "IoU": (100 * iou).tolist()}
 
 
 class PanopticQuality:
-    """PQ of a class = (sum of IoU over matched pairs) / (TP + FP/2 + FN/2); then the mean over classes.
+    """PQ of a class = (sum of IoU over matched pairs) / (TP + FP/2 + FN/2); then the class mean.
 
-    A predicted and a true segment match if they agree in class and their IoU is above 0.5; void pixels of the
-    truth do not count in the prediction's area. A prediction more than half on void plus crowd of its class
-    is no false positive; crowd is never a false negative. Truth [1, 1, 2, 0] and prediction [1, 1, 1, 1]
-    of one class: IoU 2/3, one TP, one FN: PQ 44.4, SQ 66.7, RQ 66.7. All values are percentages, means over
-    the classes that occur; where none does, 0.
+    A predicted and a true segment match if they agree in class and their IoU is above 0.5; void
+    pixels of the truth do not count in the prediction's area. A prediction more than half on void
+    plus crowd of its class is no false positive; crowd is never a false negative. Truth
+    [1, 1, 2, 0] and prediction [1, 1, 1, 1] of one class: IoU 2/3, one TP, one FN: PQ 44.4, SQ and
+    RQ 66.7. All values are percentages, means over the classes that occur; where none does, 0.
     """
 
     def __init__(self, num_classes, is_thing):
         self.is_thing = torch.as_tensor(is_thing, dtype=torch.bool)
-        self.sums = torch.zeros(4, num_classes, dtype=torch.float64)     # IoU, TP, FP, FN of each class
+        self.iou = torch.zeros(num_classes, dtype=torch.float64)     # sum over the matched pairs
+        self.tp = torch.zeros(num_classes, dtype=torch.float64)
+        self.fp = torch.zeros(num_classes, dtype=torch.float64)
+        self.fn = torch.zeros(num_classes, dtype=torch.float64)
 
     def update(self, pred_map, pred_segments, true_map, true_segments):
-        """Maps [H, W] of segment ids, 0 void (like ids that are not listed); segments [{"id", "category_id",
-        "iscrowd" (optional)}]."""
+        """Maps [H, W] of segment ids, 0 void (like ids that are not listed); segments
+        [{"id", "category_id", "iscrowd" (optional)}]. IndexError for an unknown class."""
         pred_map, pred_class, _ = compact(pred_map, pred_segments)
         true_map, true_class, crowd = compact(true_map, true_segments)
-        P, T = len(pred_class), len(true_class)                          # entry 0 is void, of class -1
-        overlap = torch.bincount(true_map.flatten() * P + pred_map.flatten(), minlength=T * P)
+        T, P = len(true_class), len(pred_class)                      # entry 0 is void, of class -1
+        overlap = torch.bincount((true_map * P + pred_map).flatten(), minlength=T * P)
         overlap = overlap.view(T, P).double()
         true_area, pred_area, void = overlap.sum(1), overlap.sum(0), overlap[0]
-        same = (true_class[:, None] == pred_class) & (true_class[:, None] >= 0)          # [T, P]
+
+        same = (true_class[:, None] == pred_class) & (true_class[:, None] >= 0)      # [T, P]
         union = true_area[:, None] + pred_area - void - overlap
         iou = torch.where(same & ~crowd[:, None], overlap / union.clamp(min=1), 0)
-        t, p = (iou > 0.5).nonzero().unbind(1)                           # a segment is in one pair at most
+        t, p = (iou > 0.5).nonzero().unbind(1)                       # each in one pair at most
+
         ignored = void + (overlap * (same & crowd[:, None])).sum(0)
         false_positive = (pred_class >= 0) & (pred_area > 0) & (ignored <= pred_area / 2)
-        false_negative = (true_class >= 0) & (true_area > 0) & ~crowd
-        false_positive[p], false_negative[t] = False, False
-        for row, classes, value in ((0, true_class[t], iou[t, p]), (1, true_class[t], 1.),
-                                    (2, pred_class[false_positive], 1.), (3, true_class[false_negative], 1.)):
-            self.sums[row].index_put_((classes,), torch.as_tensor(value).double(), accumulate=True)
+        false_positive[p] = False
+        false_negative = (true_class >= 0) & ~crowd
+        false_negative[t] = False
+
+        add_to(self.iou, true_class[t], iou[t, p])
+        add_to(self.tp, true_class[t])
+        add_to(self.fp, pred_class[false_positive])
+        add_to(self.fn, true_class[false_negative])
 
     def compute(self):
-        """-> PQ, SQ, RQ; the same with _th over things, _st over stuff; PQ_per_class [K] (or NaN)."""
-        iou, tp, fp, fn = sum_over_processes(self.sums.clone())
+        """-> PQ, SQ, RQ; the same with _th over things, _st over stuff; PQ_per_class [K] or NaN."""
+        sums = torch.stack([self.iou, self.tp, self.fp, self.fn])
+        iou, tp, fp, fn = sum_over_processes(sums)
         occurs = tp + fp + fn > 0
-        sq, rq = iou / tp.clamp(min=1), tp / (tp + fp / 2 + fn / 2).clamp(min=0.5)
-        values = {"PQ": sq * rq, "SQ": sq, "RQ": rq}
-        groups = {"": occurs, "_th": occurs & self.is_thing, "_st": occurs & ~self.is_thing}
-        return {"PQ_per_class": (100 * torch.where(occurs, sq * rq, torch.nan)).tolist()} | {
-            name + suffix: (100 * value[group].sum() / group.sum().clamp(min=1)).item()
-            for suffix, group in groups.items() for name, value in values.items()}
+        sq = iou / tp.clamp(min=1)
+        rq = tp / (tp + fp / 2 + fn / 2).clamp(min=0.5)
+        pq = sq * rq
+
+        result = {"PQ_per_class": (100 * torch.where(occurs, pq, torch.nan)).tolist()}
+        things, stuff = occurs & self.is_thing, occurs & ~self.is_thing
+        for suffix, group in (("", occurs), ("_th", things), ("_st", stuff)):
+            for name, value in (("PQ", pq), ("SQ", sq), ("RQ", rq)):
+                mean = value[group].sum() / group.sum().clamp(min=1)
+                result[name + suffix] = 100 * mean.item()
+        return result
 
 
 def compact(segment_map, segments):
-    """-> map of 0 (void), 1, 2, .. in the order of the ids; their classes, -1 first; which are crowd."""
+    """-> map of 0 (void), 1, 2, ... in the order of the ids; their classes (void: -1); crowd."""
     segment_map = torch.as_tensor(segment_map).cpu().long()
     segments = sorted(segments, key=lambda segment: segment["id"])
     ids = torch.tensor([0] + [segment["id"] for segment in segments])
-    place = torch.searchsorted(ids, segment_map).clamp(max=len(ids) - 1)
     classes = torch.tensor([-1] + [segment["category_id"] for segment in segments])
     crowd = torch.tensor([False] + [bool(segment.get("iscrowd")) for segment in segments])
+    place = torch.searchsorted(ids, segment_map).clamp(max=len(ids) - 1)
     return torch.where(ids[place] == segment_map, place, 0), classes, crowd
 
 
-# ---------------------------------------------------------------------------------------- prediction
+def add_to(sums, classes, values=None):
+    """sums[classes] += values, or += 1, also where a class occurs twice."""
+    values = torch.ones(len(classes), dtype=sums.dtype) if values is None else values
+    sums.index_add_(0, classes, values)
+
+
+# ------------------------------------------------------------------------------------ prediction
 @torch.no_grad()
-def network_output(model, image, size, flip=False):
-    """image [3, H, W] uint8 -> class_logits [Q, K+1], mask_logits [Q, h, w]; baselines: None, [K, h, w].
+def network_output(model, image, size, flip=False, amp="off"):
+    """image [3, H, W] uint8 -> class_logits [Q, K+1], mask_logits [Q, *size]; of the per-pixel
+    baselines None, pixel_logits [K, *size].
 
-    The image is resized to `size` (h, w) and padded as the model wants it; the padding is cut off the answer.
+    The image is resized to `size`, padded as the model wants it, and the padding is cut off again.
     """
-    mean, multiple = model.backbone.mean, model.size_divisibility or 1
-    x = resize(image.to(mean.device), list(size), antialias=True)
-    padded = [side + -side % multiple for side in size]
-    canvas = mean.expand(3, *padded).clone()                             # zeros after normalisation
-    canvas[:, :size[0], :size[1]] = x.flip(-1) if flip else x
-    output = model(canvas[None])
+    mean = model.backbone.mean
+    device = mean.device
+    multiple = model.size_divisibility or 1
+    height, width = size
+    padded_height, padded_width = (side + -side % multiple for side in size)
+
+    x = resize(image.to(device), [height, width], antialias=True)
+    if flip:
+        x = x.flip(-1)
+    canvas = mean.expand(3, padded_height, padded_width).clone()     # zeros after normalisation
+    canvas[:, :height, :width] = x
+    with torch.autocast(device.type, AMP[amp], enabled=amp != "off"):
+        output = model(canvas[None])
+
     if isinstance(output, tuple):
-        class_logits, logits = output[0][-1, 0], upsample(output[1][-1, 0], padded)
-    else:                                                                # the baselines: exactly 4x
-        class_logits, logits = None, upsample(output[-1, 0], [4 * side for side in output.shape[-2:]])
-    return class_logits, logits[:, :size[0], :size[1]]
+        class_logits, logits = output[0][-1, 0], output[1][-1, 0]    # of the last layer
+        logits = upsample(logits, (padded_height, padded_width))
+    else:                                                            # 4 times, as in the loss
+        class_logits, logits = None, output[-1, 0]
+        logits = upsample(logits, [4 * side for side in logits.shape[-2:]])
+    return class_logits, logits[:, :height, :width]
 
 
-def upsample(x, size):                                                   # [n, h, w] -> [n, *size], bilinear
+def upsample(x, size):                                               # [n, ., .] -> [n, *size]
     return F.interpolate(x[None], size=tuple(size), mode="bilinear", align_corners=False)[0]
 
 
-def semantic_map(class_logits, mask_logits):
-    """[Q, K+1], [Q, H, W] -> argmax over classes of `semantic_inference` [H, W], some rows at a time."""
-    rows = max(1, PIXELS_AT_ONCE[mask_logits.is_cuda] // mask_logits.shape[-1])
-    class_prob = class_logits.softmax(-1)[:, :-1]
-    return torch.cat([torch.einsum("qk,qhw->hwk", class_prob, some.sigmoid()).argmax(-1)
-                      for some in mask_logits.split(rows, 1)])
+def class_scores(class_logits, logits):
+    """What `network_output` returns -> scores [K, height, width]."""
+    if class_logits is None:
+        return logits
+    return semantic_inference(class_logits[None], logits[None])[0]
 
 
 def best_class(score_maps, size):
-    """Class scores [K, h, w] of several scales, resized to the original `size`, added up -> argmax [H, W];
-    eight classes at a time, which bounds the memory."""
-    best, label = torch.tensor(-torch.inf), torch.tensor(0)
-    for start in range(0, len(score_maps[0]), 8):
-        few = (upsample(scores[start:start + 8], size) for scores in score_maps)
-        score, index = sum(few, next(few)).max(0)                        # starting at 0 would copy
-        label = torch.where(score > best, index + start, label)
-        best = torch.maximum(score, best)
-    return label
+    """Class scores [K, ., .] of several scales, resized to `size` and added up -> argmax [H, W].
+
+    Eight classes at a time: all scores of a photo of 3000x4000 and 150 classes would take 7 GB.
+    """
+    device = score_maps[0].device
+    best_score = torch.full(size, -torch.inf, device=device)
+    best = torch.zeros(size, dtype=torch.int32, device=device)
+    for k in range(0, len(score_maps[0]), 8):
+        scores = upsample(score_maps[0][k:k + 8], size)
+        for other_scale in score_maps[1:]:
+            scores += upsample(other_scale[k:k + 8], size)
+        score, label = scores.max(0)
+        best = torch.where(score > best_score, label.to(torch.int32) + k, best)
+        best_score = torch.maximum(score, best_score)
+    return best
 
 
 def predict(model, image, is_thing, test_short_side, test_max_long_side, object_threshold=0.8,
-            overlap_threshold=0.8, scales=(1.,), flip=False, panoptic=True, inference=None):
-    """image [3, H, W] uint8 -> class of each pixel [H, W], segment map [H, W], segments (or None, None).
+            overlap_threshold=0.8, scales=(1.,), flip=False, panoptic=True, inference=None,
+            amp="off"):
+    """image [3, H, W] uint8 -> label map [H, W] int32, segment map [H, W] int32, segments.
 
-    `scales` and `flip` average class scores; the panoptic result is of scale 1 alone. inference "panoptic":
-    classes of pixels come from the panoptic result, too (Table VII).
+    test_short_side, test_max_long_side: the size at which the model sees the image
+    scales, flip: class scores are averaged over these scales, and over mirror images
+    panoptic: also find segments, at scale 1; else, and for the per-pixel baselines, they are None
+    inference: "panoptic" takes the class of each pixel from its segment (Table VII)
     """
-    original, segment_map, segments, score_maps = list(image.shape[-2:]), None, None, []
+    original = list(image.shape[-2:])
     size = fit(original, test_short_side, test_max_long_side)
-    class_logits, mask_logits = network_output(model, image, size)
-    if panoptic and class_logits is not None:
-        segment_map, segments = panoptic_inference(class_logits, mask_logits, is_thing, object_threshold,
-                                                   overlap_threshold, size=original)
-    if inference == "panoptic":                                          # ids are 1, 2, .. in order
-        classes = [void_label(len(is_thing))] + [segment["category_id"] for segment in segments]
-        return torch.tensor(classes, device=segment_map.device)[segment_map.long()], segment_map, segments
-    if class_logits is not None and size == original and list(scales) == [1] and not flip:
-        return semantic_map(class_logits, mask_logits), segment_map, segments
+    output = network_output(model, image, size, amp=amp)
+    class_logits, mask_logits = output
+
+    segment_map, segments = None, None
+    if (panoptic or inference == "panoptic") and class_logits is not None:
+        segment_map, segments = panoptic_inference(class_logits, mask_logits, is_thing,
+                                                   object_threshold, overlap_threshold, original)
+    if inference == "panoptic":
+        void = void_label(len(is_thing))
+        class_of_id = [void] + [segment["category_id"] for segment in segments]      # ids 1, 2, ..
+        class_of_id = torch.tensor(class_of_id, dtype=torch.int32, device=segment_map.device)
+        return class_of_id[segment_map], segment_map, segments
+
+    score_maps = []
     for scale in scales:
         scaled = fit(original, int(test_short_side * scale), int(test_max_long_side * scale))
-        both = []
-        for mirrored in (False, True)[:1 + flip]:
-            classes, scores = class_logits, mask_logits
-            if mirrored or scaled != size:
-                classes, scores = network_output(model, image, scaled, mirrored)
-            if classes is not None:
-                scores = semantic_inference(classes[None], scores[None])[0]          # [K, h, w]
-            both.append(scores.flip(-1) if mirrored else scores)
-        score_maps.append(sum(both[1:], both[0]))
+        if scaled != size:
+            output = network_output(model, image, scaled, amp=amp)
+        else:
+            output = class_logits, mask_logits                       # as above
+        scores = class_scores(*output)
+        if flip:
+            mirrored = class_scores(*network_output(model, image, scaled, flip=True, amp=amp))
+            scores = scores + mirrored.flip(-1)
+        score_maps.append(scores)
     return best_class(score_maps, original), segment_map, segments
 
 
-# ---------------------------------------------------------------------------------------- evaluation
+def predict_file(model, info, path, **options):
+    """A photo -> {"image", "label_map", "segment_map", "segments"}, each segment with its "name".
+
+    model, info: from `load`; options: those of `predict` (default: as the model was trained). A
+    model for semantic segmentation has a segment for each class in the photo, without a score.
+    """
+    image = torch.from_numpy(read_image(path)).permute(2, 0, 1)      # [3, H, W]
+    options = {name: info["config"][name] for name in TEST_OPTIONS} | options
+    panoptic = has_instances(model, info["config"]["task"])
+    label_map, segment_map, segments = predict(model, image, info["is_thing"],
+                                               **{"panoptic": panoptic} | options)
+    if segments is None:
+        segment_map, segments = class_regions(label_map, void_label(model.num_classes))
+    segments = [segment | {"name": info["classes"][segment["category_id"]]} for segment in segments]
+    return {"image": image, "label_map": label_map, "segment_map": segment_map,
+            "segments": segments}
+
+
+def has_instances(model, task):
+    """Whether a model tells one object from another: a MaskFormer that was trained on objects."""
+    return type(model) is MaskFormer and task == "panoptic"
+
+
+# ------------------------------------------------------------------------------------ evaluation
 def evaluate(model, dataset, inference=None, save=None, workers=0, task="panoptic", **options):
-    """Metrics of a model in eval mode -> {"mIoU", "fwIoU", "mACC", "pACC", "IoU": [K], "PQ", ..}; if truth,
-    model or `task` has no instances, PQ_st alone: every class region is a segment (the paper's PQ^St). Every
-    image counts once, however many processes share the work. save: a folder for predictions. inference and
-    options: those of `predict`."""
-    K, void = len(dataset.classes), void_label(len(dataset.classes))
-    instances = dataset.panoptic and task == "panoptic" and type(model) is MaskFormer
+    """Metrics of a model in eval mode: {"mIoU", "fwIoU", "mACC", "pACC", "IoU" [K], "PQ", ...}.
+
+    If truth, model or `task` has no instances, "PQ_st" alone: every class region is a segment (the
+    paper's PQ^St). Every image counts once, however many processes share the work.
+
+    dataset: one of build_dataset; if it has no truth, predictions are saved and None is returned
+    save: the folder for predictions; inference and options: those of `predict`
+    """
+    K = len(dataset.classes)
+    void = void_label(K)
+    instances = dataset.panoptic and has_instances(model, task)
     panoptic = instances or inference == "panoptic"
-    check(model, inference, save, [path for path, _ in dataset.pairs] if save else [])
+    if inference == "panoptic" and type(model) is not MaskFormer:
+        raise UserError("--inference panoptic: the per-pixel baselines predict no segments")
+    if save:
+        check_names(save, dataset)
+
     matrix = ConfusionMatrix(K, void)
     quality = PanopticQuality(K, dataset.is_thing if instances else [False] * K)
-    mine, annotations = range(rank(), len(dataset), world_size()), []
-    loader = DataLoader(Subset(dataset, mine), None, num_workers=workers)
-    for image, segment_map, class_of, crowd, name in counter(loader, "evaluating"):
+    annotations = []                                                 # of COCO's json
+    mine = range(rank(), len(dataset), world_size())                 # this process's images
+    loader = DataLoader(Subset(dataset, mine), batch_size=None, num_workers=workers,
+                        worker_init_fn=ignore_stop_signals)
+    for image, segment_map, class_of, crowd, name in with_progress(loader, "evaluating"):
         label, predicted, segments = predict(model, image, dataset.is_thing, panoptic=panoptic,
                                              inference=inference, **options)
-        label, target = label.cpu(), label_map(segment_map, class_of, void)
+        if save:
+            annotations += save_prediction(save, name, image, dataset, label, predicted, segments)
+        if not dataset.has_truth:
+            found = [dataset.classes[k] for k in label.unique().tolist() if k < K]
+            print(f"{name}: {', '.join(found)}", flush=True)
+            continue
+        label = label.cpu()
+        target = label_map(segment_map, class_of, void)
         matrix.update(label, target)
         if instances:
-            truth = [{"id": i, "category_id": c, "iscrowd": i in crowd} for i, c in class_of.items()]
+            truth = [{"id": i, "category_id": k, "iscrowd": i in crowd}
+                     for i, k in class_of.items()]
             quality.update(predicted, segments, segment_map, truth)
         else:
             quality.update(*class_regions(label, void), *class_regions(target, void))
-        if save:
-            annotations += save_prediction(save, name, image, dataset, label, predicted, segments)
+
     if save and panoptic:
         save_coco_json(save, dataset, annotations)
-    return matrix.compute() | {k: v for k, v in quality.compute().items() if instances or k == "PQ_st"}
+    if not dataset.has_truth:
+        return None
+    metrics = matrix.compute()
+    segment_metrics = quality.compute()
+    if instances:
+        return metrics | segment_metrics
+    return metrics | {"PQ_st": segment_metrics["PQ_st"]}
 
 
-def check(model, inference, save, images):
-    """UserError for what cannot be evaluated or saved."""
-    if inference == "panoptic" and type(model) is not MaskFormer:
-        raise UserError("--inference panoptic: the per-pixel baselines predict no segments")
-    if save and len({Path(path).stem for path in images}) < len(images):
-        raise UserError(f"--save {save}: some images have the same name; their results would, too")
+def with_progress(items, text):
+    """Yields the items; process 0 prints every ten seconds how many are done."""
+    last = time.time()
+    for i, item in enumerate(items):
+        if rank() == 0 and time.time() - last > 10:
+            print(f"{text} {i}/{len(items)}", flush=True)
+            last = time.time()
+        yield item
 
 
 def class_regions(label, void=-1):
-    """Classes of pixels [H, W] -> segment map of ids class + 1, 0 where void, and its segments, all stuff."""
+    """Classes of pixels [H, W] -> segment map of ids class + 1, 0 void; its segments, all stuff."""
     ids = torch.where(label == void, 0, label + 1)
-    present = ids.flatten().bincount().nonzero()[:, 0].tolist()          # ids.unique() is 20 times slower
+    present = ids.flatten().bincount().nonzero().flatten().tolist()  # unique() is 20 times slower
     return ids, [{"id": i, "category_id": i - 1, "isthing": False} for i in present if i > 0]
 
 
 def single_numbers(metrics):
+    """The metrics that are one number, rounded."""
     return {name: round(value, 3) for name, value in metrics.items() if isinstance(value, float)}
 
 
 def table_of_classes(metrics, classes):
-    """The metrics as text: a line for each class (nan: the truth never has it), then the single numbers."""
-    rows = [f"{name[:28]:28s} {iou:6.2f}" for name, iou in zip(classes, metrics["IoU"])]
-    means = "  ".join(f"{name} {value:.2f}" for name, value in single_numbers(metrics).items())
-    return "\n".join([f"{'class':28s}    IoU", *rows, means])
+    """The metrics as text: a line for each class (nan: not in the truth), then the numbers."""
+    lines = [f"{'class':28s}    IoU"]
+    lines += [f"{name[:28]:28s} {iou:6.2f}" for name, iou in zip(classes, metrics["IoU"])]
+    lines += ["  ".join(f"{name} {value:.2f}" for name, value in single_numbers(metrics).items())]
+    missing = [name for name, iou in zip(classes, metrics["IoU"]) if iou != iou]
+    if missing:
+        lines += [f"mIoU over {len(classes) - len(missing)} of {len(classes)} classes; the truth "
+                  f"never has {', '.join(missing)}"]
+    return "\n".join(lines)
 
 
 def save_metrics(path, metrics, classes, **more):
-    """metrics.json: the single numbers, and the IoU of each class that occurs by name."""
-    per_class = {name: round(iou, 3) for name, iou in zip(classes, metrics["IoU"]) if iou == iou}
+    """metrics.json: the single numbers, and by name the IoU of each class that the truth has."""
+    per_class = {}
+    for k, (name, iou) in enumerate(zip(classes, metrics["IoU"])):
+        if iou == iou:                                               # not NaN
+            key = name if classes.count(name) == 1 else f"{name} ({k})"
+            per_class[key] = round(iou, 3)
     content = more | single_numbers(metrics) | {"IoU_per_class": per_class}
+    content["classes_without_truth"] = len(classes) - len(per_class)
     Path(path).write_text(json.dumps(content, indent=1) + "\n")
 
 
-# ---------------------------------------------------------------------------------------- files and pictures
+# ------------------------------------------------------------------------------------ saved results
+def check_names(folder, dataset):
+    """UserError if the results of two images would overwrite each other."""
+    names = [Path(path).stem for path, _ in dataset.pairs]
+    if len(set(names)) < len(names):
+        raise UserError(f"--save {folder}: some images have the same name; so would their results")
+
+
 def save_prediction(folder, name, image, dataset, label, segment_map, segments):
-    """Writes semantic/NAME.png (the publisher's numbers), overlay/NAME.jpg and, given segments, panoptic/
-    NAME.png (COCO's format: id = R + 256 G + 65536 B). -> the annotations for COCO's json, one or none."""
-    folder, K = Path(folder), len(dataset.classes)
-    numbers = dataset.category_ids + [void_label(K) if 0 in dataset.category_ids else 0]     # last: void
-    for kind in ("semantic", "overlay", "panoptic")[:2 if segments is None else 3]:
-        (folder / kind).mkdir(parents=True, exist_ok=True)
-    numbers = np.array(numbers, np.uint8 if max(numbers) <= 255 else np.uint16)
-    values = numbers[label.cpu().clamp(max=K).numpy()]
-    Image.fromarray(values).save(folder / "semantic" / f"{name}.png")
-    shown = class_regions(label, void_label(K)) if segments is None else (segment_map, segments)
-    overlay(image, *shown, dataset.classes).save(folder / "overlay" / f"{name}.jpg", quality=92)
+    """Writes semantic/NAME.png (the publisher's label values) and overlay/NAME.jpg; given segments
+    also panoptic/NAME.png, in COCO's format (id = R + 256 G + 65536 B).
+
+    -> the entry of this image in COCO's json, in a list; [] without segments
+    """
+    folder = Path(folder)
+    K = len(dataset.classes)
+    void = 0                                         # or, if that is a class, a value that is none
+    if 0 in dataset.label_values:
+        void = void_label(max(dataset.label_values) + 1)
+    value_of_class = np.array([*dataset.label_values, void])         # the last: void
+    value_of_class = value_of_class.astype(np.uint8 if value_of_class.max() <= 255 else np.uint16)
+    values = value_of_class[label.cpu().clamp(max=K).numpy()]        # void_label(K) is at least K
+    picture_of(values, folder / "semantic" / f"{name}.png")
+
+    if segments is None:
+        regions, region_list = class_regions(label, void_label(K))
+        picture = overlay(image, regions, region_list, dataset.classes)
+    else:
+        picture = overlay(image, segment_map, segments, dataset.classes)
+    (folder / "overlay").mkdir(parents=True, exist_ok=True)
+    picture.save(folder / "overlay" / f"{name}.jpg", quality=92)
     if segments is None:
         return []
-    ids = segment_map.cpu().numpy()                                      # int32
-    rgb = ids.astype("<i4").view(np.uint8).reshape(*ids.shape, 4)[..., :3]
-    Image.fromarray(rgb).save(folder / "panoptic" / f"{name}.png")
-    info = [s | {"category_id": dataset.category_ids[s["category_id"]], "area": int((ids == s["id"]).sum())}
-            for s in segments]
+
+    ids = segment_map.cpu().numpy()
+    picture_of(np.stack([ids & 255, ids >> 8 & 255, ids >> 16], -1).astype(np.uint8),
+               folder / "panoptic" / f"{name}.png")
+    listed = []
+    for segment in segments:
+        category = dataset.category_ids[segment["category_id"]]
+        area = int((ids == segment["id"]).sum())
+        listed.append(segment | {"category_id": category, "area": area})
     image_id = dataset.image_ids.get(name, name)
-    return [{"image_id": image_id, "file_name": f"{name}.png", "segments_info": info}]
+    return [{"image_id": image_id, "file_name": f"{name}.png", "segments_info": listed,
+             "height": ids.shape[0], "width": ids.shape[1]}]
+
+
+def picture_of(values, path):
+    """Saves an array as an image file, and makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(values).save(path)
 
 
 def save_coco_json(folder, dataset, annotations):
-    """Writes panoptic.json in COCO's format with the annotations of all processes."""
-    parts = [annotations] * world_size()
+    """Writes panoptic.json in COCO's format, with the annotations of all processes."""
+    parts = [annotations]
     if world_size() > 1:
+        parts = [None] * world_size()
         dist.all_gather_object(parts, annotations)
-    if rank() == 0:
-        categories = [{"id": i, "name": name, "isthing": int(thing)} for i, name, thing in
-                      zip(dataset.category_ids, dataset.classes, dataset.is_thing)]
-        content = json.dumps({"annotations": sum(parts, []), "categories": categories})
-        (Path(folder) / "panoptic.json").write_text(content)
+    if rank() > 0:
+        return
+
+    images, entries = [], []
+    for entry in sum(parts, []):
+        height, width = entry.pop("height"), entry.pop("width")
+        images.append({"id": entry["image_id"], "file_name": entry["file_name"],
+                       "height": height, "width": width})
+        entries.append(entry)
+    categories = []
+    for k, (i, name, thing) in enumerate(zip(dataset.category_ids, dataset.classes,
+                                             dataset.is_thing)):
+        categories.append({"id": i, "name": name, "supercategory": name, "isthing": int(thing),
+                           "color": color_of(k)})
+    content = {"images": images, "annotations": entries, "categories": categories}
+    (Path(folder) / "panoptic.json").write_text(json.dumps(content))
+
+
+# ------------------------------------------------------------------------------------ pictures
+def color_of(k):
+    """A color [R, G, B] for number k, far from those of its neighbours."""
+    return [int(255 * x) for x in colorsys.hsv_to_rgb(0.618 * k % 1, 0.75, 0.9)]
 
 
 def overlay(image, segment_map, segments, classes, caption="", box=None):
-    """image [3, H, W] uint8 under its named segments: stuff in the color of its class, every thing in its
-    own, void as it is -> PIL picture, fitted into `box` (width, height)."""
-    image, segment_map, centers = image.cpu().clone(), segment_map.cpu(), []
-    for segment in segments:     # one by one: torchvision's drawing takes 10 bytes a pixel for each mask
+    """image [3, H, W] uint8 under its named segments -> PIL picture, of size `box` if given.
+
+    Stuff has the color of its class, every thing its own; void stays as it is. A name is written on
+    its segment where there is room; without a box, a legend on the right lists the others.
+    """
+    image = image.cpu().clone()
+    segment_map = segment_map.cpu()
+    width, height = box or (image.shape[2], image.shape[1])
+    zoom = min(width / image.shape[2], height / image.shape[1])
+    font = ImageFont.load_default(max(10, min(width, height) // 20))
+
+    names, legend = [], {}                                           # (x, y, name); name: color
+    for segment in segments:
         mask = segment_map == segment["id"]
-        if mask.any():
-            hue = 0.618 * (segment["id"] + 0.5 if segment["isthing"] else segment["category_id"])
-            color = 255 * torch.tensor(colorsys.hsv_to_rgb(hue % 1, 0.75, 0.9))
-            image[:, mask] = (0.4 * image[:, mask] + 0.6 * color[:, None]).byte()
-            centers.append((mask.nonzero().float().median(0).values, classes[segment["category_id"]]))
-    picture = to_pil_image(image)
-    picture = ImageOps.contain(picture, box or picture.size)
-    zoom = picture.height / image.shape[-2]
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(max(10, min(picture.size) // 20))
-    style = dict(fill="white", font=font, stroke_width=1, stroke_fill="black")
-    for center, name in centers:
-        y, x = (center * zoom).tolist()
+        if not mask.any():
+            continue
+        name = classes[segment["category_id"]]
+        color = color_of(segment["id"] + 0.5 if segment["isthing"] else segment["category_id"])
+        tint = torch.tensor(color)[:, None]
+        image[:, mask] = (0.4 * image[:, mask] + 0.6 * tint).byte()
+
+        text_width, text_height = font.getbbox(name)[2:]
+        if text_width * text_height < zoom ** 2 * mask.sum():
+            y, x = (mask.nonzero().float().median(0).values * zoom).tolist()
+            names.append((x, y, name))
+        else:
+            legend.setdefault(name, color)
+
+    picture = ImageOps.contain(to_pil_image(image), (width, height))
+    draw = ImageDraw.Draw(picture)
+    style = {"fill": "white", "font": font, "stroke_width": 1, "stroke_fill": "black"}
+    for x, y, name in names:
         draw.text((x, y), name, anchor="mm", **style)
     draw.text((3, 1), caption, **style)
-    return ImageOps.pad(picture, box or picture.size, color="white")
+    if box:
+        return ImageOps.pad(picture, box, color="white")
+    return with_legend(picture, legend, font)
+
+
+def with_legend(picture, legend, font):
+    """The picture, and right of it a column of colors and their names, as far as it goes."""
+    if not legend:
+        return picture
+    line = int(1.4 * font.getbbox("Ag")[3])
+    shown = list(legend.items())[:max(1, picture.height // line)]
+    column = 2 * line + max(int(font.getlength(name)) for name, _ in shown)
+    wider = Image.new("RGB", (picture.width + column, picture.height), "white")
+    wider.paste(picture)
+    draw = ImageDraw.Draw(wider)
+    for i, (name, color) in enumerate(shown):
+        x, y = picture.width + line // 3, i * line
+        draw.rectangle((x, y + line // 6, x + line, y + line * 5 // 6), fill=tuple(color))
+        draw.text((x + line * 4 // 3, y), name, fill="black", font=font)
+    return wider
+
+
+def grid(rows, path):
+    """Saves rows of PIL pictures of one size as one picture; short rows end in white."""
+    width, height = rows[0][0].size
+    columns = max(len(row) for row in rows)
+    sheet = Image.new("RGB", (width * columns, height * len(rows)), "white")
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            sheet.paste(picture, (x * width, y * height))
+    sheet.save(path)
+
+
+def evenly_spread(dataset, count):
+    """The numbers of up to `count` images of a dataset."""
+    return np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int).tolist()
 
 
 def draw_predictions(model, dataset, path, **options):
-    """predictions.png: image | truth | semantic | panoptic of four images."""
+    """predictions.png: image | truth | semantic | panoptic result of four images."""
+    box = (320, 240)
+    classes = dataset.classes
     rows = []
-    for i in np.linspace(0, len(dataset) - 1, min(4, len(dataset))).astype(int).tolist():
+    for i in evenly_spread(dataset, 4):
         image, segment_map, class_of, crowd, name = dataset[i]
-        truth = [{"id": i, "category_id": c, "isthing": dataset.is_thing[c]} for i, c in class_of.items()]
+        truth = [{"id": i, "category_id": k, "isthing": dataset.is_thing[k]}
+                 for i, k in class_of.items()]
         label, predicted, segments = predict(model, image, dataset.is_thing, **options)
-        views = [(name, segment_map, []), ("truth", segment_map, truth), ("semantic", *class_regions(label))]
+        regions, region_list = class_regions(label, void_label(len(classes)))
+        row = [overlay(image, segment_map, [], classes, name, box),
+               overlay(image, segment_map, truth, classes, "truth", box),
+               overlay(image, regions, region_list, classes, "semantic", box)]
         if segments is not None:
-            views.append((f"panoptic, {len(segments)} segments", predicted, segments))
-        rows.append(np.concatenate([overlay(image, *view, dataset.classes, caption, box=(320, 240))
-                                    for caption, *view in views], axis=1))
-    Image.fromarray(np.concatenate(rows)).save(path)
+            caption = f"panoptic, {len(segments)} segments"
+            row.append(overlay(image, predicted, segments, classes, caption, box))
+        rows.append(row)
+    grid(rows, path)
 
 
+@torch.no_grad()
 def draw_queries(model, dataset, path, test_short_side, test_max_long_side, **_):
-    """queries.png: three images, each with the masks of the seven queries that are surest of their class."""
+    """queries.png: for three images, the masks of the seven queries that are surest of their class;
+    in the last row, those of the surest query of the last image after each decoder layer."""
+    box = (240, 180)
     rows = []
-    for i in np.linspace(0, len(dataset) - 1, min(3, len(dataset))).astype(int).tolist():
+    for i in evenly_spread(dataset, 3):
         image, *_, name = dataset[i]
-        image = resize(image, fit(image.shape[-2:], test_short_side, test_max_long_side))
-        class_logits, mask_logits = network_output(model, image, image.shape[-2:])
-        masks = mask_logits.sigmoid().mul(255).byte().cpu()              # [Q, h, w]
-        prob, label = class_logits.softmax(-1)[:, :-1].max(-1)
-        views = {name: image} | {f"{q}: {dataset.classes[label[q]]} {prob[q]:.2f}": masks[q].expand(3, -1, -1)
-                                 for q in prob.topk(min(7, len(prob))).indices.tolist()}
-        rows.append(np.concatenate([overlay(view, masks[0], [], [], caption, box=(240, 180))
-                                    for caption, view in views.items()], axis=1))
-    Image.fromarray(np.concatenate(rows)).save(path)
+        size = fit(image.shape[-2:], test_short_side, test_max_long_side)
+        class_logits, mask_logits = network_output(model, image, size)
+        prob, label = class_logits.softmax(-1)[:, :-1].max(-1)       # [Q]
+        surest = prob.topk(min(7, len(prob))).indices.tolist()
+        row = [picture_with_caption(image, name, box)]
+        for q in surest:
+            caption = f"{q}: {dataset.classes[label[q]]} {prob[q]:.2f}"
+            row.append(picture_of_mask(mask_logits[q], caption, box))
+        rows.append(row)
+
+    row = [picture_with_caption(image, f"query {surest[0]} after each layer", box)]
+    for l, (class_logits, mask_logits) in enumerate(outputs_of_layers(model, image, size), 1):
+        prob, label = class_logits[surest[0]].softmax(-1)[:-1].max(-1)
+        caption = f"layer {l}: {dataset.classes[label]} {prob:.2f}"
+        row.append(picture_of_mask(mask_logits[surest[0]], caption, box))
+    grid(rows + [row], path)
 
 
-# ---------------------------------------------------------------------------------------- commands
-def build_model(config, num_classes, pretrained=False):
-    """The model that a training configuration (a dict of train.py's flags) describes."""
-    names = ["backbone", "dim", "freeze_bn"]
-    if config["model"] != "per-pixel":
-        names += ["decoder_layers", "encoder_layers", "heads", "ffn_dim", "dropout"]
-    options = {name: config[name] for name in names} | {"pretrained": pretrained}
-    if config["model"] == "maskformer":
-        options |= {"num_queries": config["queries"], "size_divisibility": config["size_divisibility"]}
-    models = {"maskformer": MaskFormer, "per-pixel": PerPixelBaseline, "per-pixel-plus": PerPixelBaselinePlus}
+def outputs_of_layers(model, image, size):
+    """-> for each decoder layer class_logits [Q, K+1] and mask_logits [Q, h, w] of an image."""
+    x = resize(image.to(model.backbone.mean.device), size, antialias=True)
+    model.training = True                # the model alone, not its parts: all layers, no dropout
+    class_logits, mask_logits = model(x[None])
+    model.training = False
+    return zip(class_logits[:, 0], mask_logits[:, 0])
+
+
+def picture_of_mask(mask_logits, caption, box):                      # [., .] -> PIL picture
+    gray = mask_logits.sigmoid().mul(255).byte().cpu()
+    return picture_with_caption(gray.expand(3, -1, -1), caption, box)
+
+
+def picture_with_caption(image, caption, box):                       # [3, ., .] -> PIL picture
+    return overlay(image, image[0], [], [], caption, box)
+
+
+# ------------------------------------------------------------------------------------ loading
+def load_checkpoint(path):
+    """-> the content of a checkpoint of train.py. No code in the file is run."""
     try:
-        return models[config["model"]](num_classes, **options)
-    except (OSError, RuntimeError, ValueError) as error:                 # timm: no such name, no weights
-        raise UserError(f"--backbone {config['backbone']}: {error}") from error
+        with open(path, "rb") as file:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        missing = {"model", "config", "classes", "is_thing", "step"} - state.keys()
+    except OSError:
+        raise
+    except Exception as error:                                       # pickle raises all kinds
+        raise UserError(f"{path} is not a whole checkpoint of train.py ({error!r:.60})") from error
+    if missing:
+        raise UserError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(missing)}")
+    state["config"]["num_classes"] = len(state["classes"])
+    return state
 
 
 def load(source):
-    """A checkpoint of train.py, or released weights (see pretrained.py; their classes have numbers for names)
-    -> model in eval mode, {"config", "classes", "is_thing", ..}. No code in the file is run."""
+    """-> model in eval mode, {"config", "classes", "is_thing", "category_ids", ...}.
+
+    source: a checkpoint of train.py (.pt), the name of a released model, or a file of the authors'
+    or Hugging Face's (see tools/official_weights.py). No code in a file is run. UserError if it
+    cannot be read.
+    """
     if Path(source).suffix == ".pt":
-        state = read_checkpoint(source)
-        model = build_model(state["config"], len(state["classes"]))
-        model.load_state_dict(state.pop("model"))
-        return model.eval(), state
+        info = load_checkpoint(source)
+    else:
+        from tools.official_weights import official_checkpoint
+        info = official_checkpoint(source)
     try:
-        model = load_official(source)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    K, panoptic = model.num_classes, isinstance(model, MaskFormer) and len(model.encoder.layers) > 0
-    dataset = {19: "cityscapes", 65: "mapillary", 133: "coco-panoptic", 171: "coco-stuff-10k",
-               847: "ade20k-full"}.get(K, "ade20k-panoptic" if panoptic else "ade20k")
-    backbone = "swin_384" if model.backbone.nhwc and model.backbone.channels[0] > 96 else ""     # Swin-B, -L
-    values = dict(overlap_threshold=0.8, object_threshold=0.8) | recipe(dataset, backbone)
-    config = dict(dataset=dataset, data_root=None, task="panoptic" if "panoptic" in dataset else "semantic")
-    config |= {name: values[name] for name in TEST_OPTIONS}
-    things = {133: range(80), 150: set(range(150)) - {value - 1 for value in ADE20K_STUFF}}.get(K, [])
-    return model, dict(config=config, classes=[f"class {k}" for k in range(K)],
-                       is_thing=[config["task"] == "panoptic" and k in things for k in range(K)])
+        model = build_model(info["config"])
+        model.load_state_dict(info.pop("model"))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{source} does not hold the model that it describes: {error}") from error
+    return model.eval(), info
+
+
+def photos(given, info):
+    """A dataset of photos, without truth: files, and folders of them, in the classes of `info`."""
+    paths = []
+    for path in map(Path, given):
+        if path.is_dir():
+            paths += [file for file in sorted(path.glob("[!.]*.*"))
+                      if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
+        else:
+            paths.append(path)
+    if not paths:
+        raise UserError(f"--images {' '.join(given)}: no images there; name a folder that has some")
+    return without_truth(paths, info)
+
+
+# ------------------------------------------------------------------------------------ the command
+class ArgumentParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line; there are too many flags to list them all."""
+
+    def error(self, message):
+        raise UserError(f"{message}; --help shows all flags")
+
+
+def positive_int(text):
+    return checked(int(text), 1, math.inf)
+
+
+def whole_number(text):
+    return checked(int(text), 0, math.inf)
+
+
+def positive(text):
+    return checked(float(text), 0, math.inf)
+
+
+def fraction(text):
+    return checked(float(text), 0, 1)
+
+
+def checked(number, least, most):
+    if not least <= number <= most or number == math.inf:
+        limits = f"from {least} to {most}" if most < math.inf else f"{least} or more"
+        raise argparse.ArgumentTypeError(f"{number} is not {limits}")
+    return number
+
+
+def run_command(main):
+    """Runs a script's main function and exits with its code.
+
+    A mistake that the user can mend is one line and exit code 2, a bug a traceback and exit code 1.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")                         # a console may lack characters
+    try:
+        code = main()
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
+        message = str(error)
+        if "Original Traceback" in message:                          # of a loader worker
+            message = message.rpartition(f"{type(error).__name__}: ")[2]
+        print("error:", " ".join(message.split()), file=sys.stderr, flush=True)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        code = 130
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    kill_loader_workers()
+    sys.exit(code)
+
+
+def kill_loader_workers():
+    """Kills the loader workers that an error has left behind.
+
+    Python would end them with SIGTERM, which they ignore, and then wait for them forever.
+    """
+    if hasattr(signal, "SIGCHLD"):                                   # not on Windows
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)                # torch's handler would raise
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+def parse_args(argv=None):
+    parser = ArgumentParser(description=__doc__, allow_abbrev=False,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--checkpoint", "--weights", required=True, metavar="FILE",
+        help="a checkpoint of train.py, or the name or file of released weights")
+    add("--images", nargs="+", metavar="FILE",
+        help="photos, or folders of photos, instead of a dataset")
+    add("--dataset", choices=DATASETS, help="the dataset (default: the one of the training)")
+    add("--data-root", metavar="DIR", help="where the dataset lies (default: as in the training)")
+    add("--split", default="val", help="the part of the dataset (default: val)")
+    add("--test-short-side", type=positive_int, metavar="N",
+        help="short side in pixels at which the model sees an image (default: as in the training)")
+    add("--test-max-long-side", type=positive_int, metavar="N",
+        help="upper limit of the long side there (default: as in the training)")
+    add("--object-threshold", type=fraction, metavar="P",
+        help="class probability that makes a query a segment (default: as in the training)")
+    add("--overlap-threshold", type=fraction, metavar="P",
+        help="share of its mask that a segment must keep (default: as in the training)")
+    add("--scales", type=positive, nargs="+", default=[1.], metavar="S",
+        help="class scores are averaged over these multiples of the test size (default: 1)")
+    add("--flip", action="store_true", help="and over the mirror image of each")
+    add("--inference", choices=["semantic", "panoptic"],
+        help="how pixels get their class: by Sec. 3.4's semantic inference (default), or from the "
+             "panoptic segments (Table VII)")
+    add("--amp", default="auto", choices=["auto", *AMP],
+        help="precision of the network (default: bf16 on GPUs that have it, else off: float32)")
+    add("--workers", type=whole_number, default=2, metavar="N",
+        help="processes that read images (default: 2)")
+    add("--save", metavar="DIR",
+        help="folder for label maps, overlays, panoptic segments and metrics (photos: predictions)")
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
     """The command: see the top of this file."""
-    parser = Flags(__doc__)
-    add = parser.add_argument
-    add("--checkpoint", "--weights", required=True, metavar="FILE", help="a run's .pt, or released weights")
-    add("--images", nargs="+", metavar="FILE", help="own photos, or folders of them, instead of a dataset")
-    add("--dataset", choices=DATASETS, help="default, also of --data-root and test sizes: as in training")
-    add("--data-root")
-    add("--split", default="val")
-    for name in TEST_OPTIONS:
-        add("--" + name.replace("_", "-"), type=float if "threshold" in name else int, metavar="N")
-    add("--scales", type=float, nargs="+", default=[1.], help="class scores are averaged over these")
-    add("--flip", action="store_true", help="and over each one's mirror image")
-    add("--inference", choices=["semantic", "panoptic"], help="how pixels get their class (Sec. 3.4)")
-    add("--workers", type=int, default=2)
-    add("--save", metavar="DIR", help="for label maps, overlays, panoptic segments and metrics")
-    args = parser.parse_args(argv)
-    device = start_process()
-    model, state = load(args.checkpoint)
-    config = state["config"] | {name: value for name, value in vars(args).items() if value is not None}
-    options = dict(scales=args.scales, flip=args.flip, **{name: config[name] for name in TEST_OPTIONS})
-    model.to(device, memory_format=torch.channels_last)                  # 0.91 of the time on two cores
+    args = parse_args(argv)
+    device = pick_device()
+    if "RANK" in os.environ:                                         # started by torchrun
+        dist.init_process_group(backend_for(device), **rendezvous())
+
+    model, info = load(args.checkpoint)
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    config = info["config"] | given                                  # flags come first
+    options = {name: config[name] for name in TEST_OPTIONS}
+    options |= {"scales": args.scales, "flip": args.flip, "amp": pick_amp(args.amp, device)}
+
     if args.images:
-        numbers = list(range(model.num_classes))
-        photos = SegmentationDataset([], state["classes"], state["is_thing"], None, numbers)
-        folder, annotations = args.save or "predictions", []
-        images = [path for given in map(Path, args.images)
-                  for path in (sorted(given.glob("[!.]*.*")) if given.is_dir() else [given])
-                  if path == given or path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
-        if not images:
-            raise UserError(f"--images {' '.join(args.images)}: no images in it; name a folder that has some")
-        check(model, args.inference, folder, images)
-        panoptic = type(model) is MaskFormer and "panoptic" in (config["task"], args.inference)
-        for path in images[rank()::world_size()]:
-            image = torch.from_numpy(read_image(path)).permute(2, 0, 1)
-            answer = predict(model, image, photos.is_thing, panoptic=panoptic, inference=args.inference,
-                             **options)
-            annotations += save_prediction(folder, path.stem, image, photos, *answer)
-            print(f"{path}: " + ", ".join(photos.classes[k] for k in answer[0].unique() if k < len(numbers)))
-        return save_coco_json(folder, photos, annotations) if panoptic else None
-    drawn = {"num_classes": len(state["classes"])} if config["dataset"] == "shapes" else {}
-    dataset = build_dataset(config["dataset"], config["data_root"], args.split, **drawn)
-    if len(dataset.classes) != len(state["classes"]):
-        raise UserError(f"{args.checkpoint} has {len(state['classes'])} classes, the dataset "
-                        f"{len(dataset.classes)}: take the --dataset and --data-root it was trained on")
-    metrics = evaluate(model, dataset, args.inference, args.save, args.workers, config["task"], **options)
-    if rank() == 0:
+        save = args.save or "predictions"
+        dataset = photos(args.images, info)
+        dataset.panoptic = config["task"] == "panoptic"
+    else:
+        save = args.save
+        drawn = {"num_classes": len(info["classes"])} if config["dataset"] == "shapes" else {}
+        dataset = build_dataset(config["dataset"], config["data_root"], args.split, **drawn)
+        dataset = align_classes(dataset, info)
+        if not dataset.has_truth and not save:
+            raise UserError(f"--split {args.split} has no truth: add --save DIR to predict it")
+
+    model.to(device, memory_format=torch.channels_last)              # 0.91 of the time on two cores
+    metrics = evaluate(model, dataset, args.inference, save, args.workers, config["task"],
+                       **options)
+    if rank() == 0 and metrics:
+        if save:
+            save_metrics(Path(save) / "metrics.json", metrics, dataset.classes)
         print(table_of_classes(metrics, dataset.classes))
-        if args.save:
-            save_metrics(Path(args.save) / "metrics.json", metrics, dataset.classes)
+    if rank() == 0 and save:
+        print(f"saved in {save}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    command(main)
+    run_command(main)

@@ -1,12 +1,12 @@
 """Which query is responsible for which segment (MaskFormer, Sec. 3.2).
 
-Letters   B images · L decoder layers · Q queries · K classes · N true segments in the batch, n in an image
-          H W image size · h w = H/4 W/4 · P pixels of a mask, here h w · M matched pairs
-Paper     its N is our Q · its N^gt, over all images, is our N · sigma is the list of matched pairs
+Letters   B images · L decoder layers · Q queries · K classes · N ground-truth segments in the batch
+          H W image size · h w = H/4 W/4 · P = h w pixels of a flattened mask · M matched pairs
+Paper     its N is our Q · its N^gt, summed over the images, is our N · sigma is the list of pairs
 
     layer, image, query, segment = hungarian_match(class_logits, mask_logits, labels, masks, owner)
 
-In layer[i], for image[i], query[i] is responsible for segment[i].
+Read pair i aloud: in layer[i], for image[i], query[i] is responsible for segment[i].
 """
 import warnings
 
@@ -15,77 +15,101 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 
 
-@torch.no_grad()
-def hungarian_match(class_logits, mask_logits, labels, masks, owner,
-                    class_weight=1., focal_weight=20., dice_weight=1.):
-    """The cheapest assignment of segments to queries, in each layer and image on its own.
+def matching_cost(class_logits, mask_logits, labels, masks, owner,
+                  class_weight=1., focal_weight=20., dice_weight=1.):
+    """The cost of every query for every segment, in every layer: [N, L, Q].
 
-    class_logits [L, B, Q, K+1], mask_logits [L, B, Q, h, w], labels [N] in [0, K), masks [N, H, W] bool,
-    owner [N], the image of each segment, such as [0, 0, 1] -> layer, image, query, segment, each [M] int64 on
-    the logits' device. If an image has more segments than queries, it matches Q of them, the cheapest in sum,
-    and warns. Costs are float32; beyond the inputs it needs about 6 L Q P + N P floats, or N H W bytes if
-    more. If `owner` is on the CPU, there is one device-to-host copy. Raises FloatingPointError on a cost that
-    is not finite, IndexError (on a GPU it is CUDA's assertion) on a label that is not below K.
+    Computed for all images at once, [L, B, Q, N], in three matrix products; of these, each segment
+    keeps the costs of its own image.
     """
-    L, B, Q = class_logits.shape[:3]
-    class_prob = class_logits.float().softmax(-1)
-    # NOTE 4: matching compares masks at the predicted size, shrinking the true ones; the loss at full size.
-    small = F.interpolate(masks[:, None].to(torch.uint8), size=mask_logits.shape[-2:], mode="nearest")
-    small = small.flatten(1).float()                                     # [N, P]
-    mine = [(owner == b).nonzero().squeeze(1) for b in range(B)]         # each image's segments
-    costs = []
-    for b, segments in enumerate(mine):
-        segments = segments.to(small.device, non_blocking=True)
-        x, t = mask_logits[:, b].flatten(2).float(), small[segments]     # [L, Q, P], [n, P]
-        prob = class_prob[:, b, :, :-1][..., labels[segments].long()]    # [L, Q, n]
-        with torch.autocast(x.device.type, enabled=False):
-            cost = (focal_weight * pairwise_focal(x, t) + dice_weight * pairwise_dice(x, t)
-                    - class_weight * prob)                               # [L, Q, n]
-        costs.append(cost.flatten())
-    costs = torch.cat(costs).cpu()                                       # the one copy
-    if not costs.isfinite().all():
-        raise FloatingPointError("a matching cost is not finite")
-    pairs = []
-    for b, cost in enumerate(costs.split([L * Q * len(segments) for segments in mine])):
-        segments = mine[b].cpu().numpy()
-        if len(segments) > Q:
-            warnings.warn(f"image {b} of the batch has {len(segments)} segments but {Q} queries")
-        for l, layer_cost in enumerate(cost.view(L, Q, len(segments)).numpy()):
-            q, s = linear_sum_assignment(layer_cost)
-            pairs += [(l, b, i, j) for i, j in zip(q.tolist(), segments[s].tolist())]
-    pairs = torch.tensor(pairs, dtype=torch.long).reshape(-1, 4)
-    return pairs.to(class_logits.device, non_blocking=True).unbind(1)
+    class_prob = class_logits.float().softmax(-1)[..., :-1]          # without "no object"
+    class_cost = -class_prob[..., labels]                            # [L, B, Q, N]
+
+    # NOTE 4: matching compares masks at the predicted size, the loss at the size of the image.
+    small_masks = F.interpolate(masks[:, None].float(), size=mask_logits.shape[-2:], mode="nearest")
+    truth = small_masks.flatten(1)                                   # [N, P]
+    mask_logits = mask_logits.float().flatten(3)                     # [L, B, Q, P]
+
+    with torch.autocast(mask_logits.device.type, enabled=False):
+        cost = (class_weight * class_cost
+                + focal_weight * pairwise_focal(mask_logits, truth)
+                + dice_weight * pairwise_dice(mask_logits, truth))   # [L, B, Q, N]
+
+    segment = torch.arange(len(labels), device=cost.device)
+    return cost[:, owner, :, segment]                                # [N, L, Q]
 
 
-def fixed_match(class_logits, mask_logits, labels, masks, owner,
-                class_weight=None, focal_weight=None, dice_weight=None):
-    """Table 4's ablation: with Q = K queries, query k is responsible for the segment of class k.
-
-    Takes and returns what `hungarian_match` does; the weights are not used. Raises ValueError if Q is not K
-    or if two segments of an image share a class.
-    """
-    L, B, Q = class_logits.shape[:3]
-    K, N, device = class_logits.shape[-1] - 1, len(labels), class_logits.device
-    if Q != K:
-        raise ValueError(f"fixed matching needs as many queries as classes, not {Q} queries and {K} classes")
-    owner, labels = (x.to(device, torch.long, non_blocking=True) for x in (owner, labels))
-    if len((owner * K + labels).unique()) < N:
-        raise ValueError("fixed matching: two segments of an image have the same class")
-    layer = torch.arange(L, device=device).repeat_interleave(N)
-    return layer, owner.repeat(L), labels.repeat(L), torch.arange(N, device=device).repeat(L)
+def pairwise_focal(mask_logits, masks, alpha=0.25, gamma=2):
+    """Mean focal loss between every query and segment: [..., Q, P], [N, P] -> [..., Q, N]."""
+    prob = mask_logits.sigmoid()
+    pos = alpha * (1 - prob) ** gamma * F.softplus(-mask_logits)     # cost of a pixel inside
+    neg = (1 - alpha) * prob ** gamma * F.softplus(mask_logits)      # and of one outside
+    return (pos @ masks.T + neg @ (1 - masks).T) / masks.shape[1]
 
 
-def pairwise_focal(mask_logits, masks, alpha=0.25, gamma=2):             # [..., Q, P], [n, P] -> [..., Q, n]
-    """Mean focal loss over pixels between every query and every segment."""
-    prob, surprise = mask_logits.sigmoid(), F.softplus(mask_logits)      # surprise: -log(1 - p)
-    if_outside = prob ** gamma * surprise                                # loss of a pixel outside the segment
-    if_inside = (1 - prob) ** gamma * (surprise - mask_logits)           # and of one inside: -log p
-    total = alpha * (if_inside @ masks.T) + (1 - alpha) * (if_outside @ (1 - masks).T)
-    return total / masks.shape[-1]
-
-
-def pairwise_dice(mask_logits, masks):                                   # [..., Q, P], [n, P] -> [..., Q, n]
-    """Dice loss between every query and every segment; the + 1 keeps empty masks finite."""
+def pairwise_dice(mask_logits, masks):
+    """Dice loss between every query and segment: [..., Q, P], [N, P] -> [..., Q, N]."""
     prob = mask_logits.sigmoid()
     area = prob.sum(-1, keepdim=True) + masks.sum(-1)
-    return 1 - (2 * prob @ masks.T + 1) / (area + 1)
+    return 1 - (2 * prob @ masks.T + 1) / (area + 1)                 # + 1: finite for empty masks
+
+
+@torch.no_grad()
+def hungarian_match(class_logits, mask_logits, labels, masks, owner,
+                    class_weight=1., focal_weight=20., dice_weight=1.,
+                    matching_cost=matching_cost):
+    """The cheapest assignment of segments to queries, for each layer and each image on its own.
+
+    class_logits [L, B, Q, K+1], mask_logits [L, B, Q, h, w]
+    labels [N] in [0, K), masks [N, H, W] bool
+    owner [N]: the image of each segment, such as [0, 0, 1]; best on the CPU, which saves a copy
+    matching_cost: the function above, or a compiled one
+
+    -> layer, image, query, segment, each [M] int64, on the device of the logits.
+
+    An image with more segments than queries gets Q pairs, the cheapest in sum, and a warning.
+    Raises FloatingPointError if a cost is not finite, IndexError (on a GPU CUDA's device-side
+    assertion) if a label is not below K.
+    """
+    L, B, Q = class_logits.shape[:3]
+    device = class_logits.device
+    cost = matching_cost(class_logits, mask_logits, labels.long(), masks,
+                         owner.to(device, non_blocking=True),
+                         class_weight, focal_weight, dice_weight)    # [N, L, Q]
+    cost = cost.cpu()                                                # the one copy
+    if not cost.isfinite().all():
+        raise FloatingPointError("a matching cost is not finite")
+
+    pairs = []
+    for b in range(B):
+        segments = (owner.cpu() == b).nonzero().squeeze(1)           # those of this image
+        if len(segments) > Q:
+            warnings.warn(f"image {b} of the batch has {len(segments)} segments but {Q} queries")
+        for l in range(L):
+            row, query = linear_sum_assignment(cost[segments, l])    # [n, Q]
+            pairs += [(l, b, q, s) for q, s in zip(query, segments[row].tolist())]
+
+    pairs = torch.tensor(pairs, dtype=torch.long).reshape(-1, 4)
+    return pairs.to(device, non_blocking=True).unbind(1)
+
+
+def fixed_match(class_logits, mask_logits, labels, masks, owner, *_, **__):
+    """Table 4's ablation: with Q = K queries, query k is responsible for the segment of class k.
+
+    Takes and returns what `hungarian_match` does; weights are ignored. Raises ValueError if Q is
+    not K, or if two segments of an image have the same class.
+    """
+    L, B, Q = class_logits.shape[:3]
+    K = class_logits.shape[-1] - 1
+    N, device = len(labels), class_logits.device
+    if Q != K:
+        raise ValueError(f"fixed matching needs as many queries as classes, not {Q} for {K}")
+
+    labels = labels.to(device, torch.long, non_blocking=True)
+    owner = owner.to(device, torch.long, non_blocking=True)
+    if len((owner * K + labels).unique()) < N:
+        raise ValueError("fixed matching: two segments of an image have the same class")
+
+    layer = torch.arange(L, device=device).repeat_interleave(N)
+    segment = torch.arange(N, device=device).repeat(L)
+    return layer, owner.repeat(L), labels.repeat(L), segment

@@ -1,15 +1,21 @@
 """How it learns: one script (MaskFormer, Sec. 4.2 and appendix A).
 
-    python train.py                                           # drawn shapes, minutes on a CPU
-    torchrun --nproc-per-node 8 train.py --dataset ade20k     # the paper's recipe is the default
+    python train.py                                              # drawn shapes, minutes on a CPU
+    torchrun --nproc-per-node 8 train.py --dataset ade20k        # the paper's recipe is the default
 
 Letters   B images · L decoder layers · Q queries · K classes · N ground-truth segments in the batch
 """
 import argparse
 import contextlib
 import datetime
+import importlib.metadata
+import importlib.util
+import json
 import math
 import os
+import shutil
+import signal
+import subprocess
 import time
 from functools import partial
 from pathlib import Path
@@ -18,212 +24,395 @@ import torch
 import torch.distributed as dist
 from timm.layers import convert_sync_batchnorm
 from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.nn.parallel import DistributedDataParallel
 
-import losses
-from batches import Augmentation, DetrAugmentation, TrainingSamples, seed_of, step_batches, training_batches
-from data import DATASETS, UserError, build_dataset, recipe, resized
-from evaluate import (TEST_OPTIONS, build_model, draw_predictions, draw_queries, evaluate, load, save_metrics,
-                      single_numbers, table_of_classes)
-from matcher import fixed_match, hungarian_match
-from run import (STOPPED, Flags, command, download, earlier_flags, hear_signals, log_row, rank,
-                 read_checkpoint, start_folder, start_process, sum_over_processes, world_size, write_whole)
+from data import (DATASETS, Augmentation, DetrAugmentation, TrainingSamples, UserError,
+                  build_dataset, listing, resized, seed_of, step_batches, training_batches, warn)
+from evaluate import (AMP, TEST_OPTIONS, ArgumentParser, backend_for, draw_predictions,
+                      draw_queries, evaluate, fraction, load, load_checkpoint, pick_amp,
+                      pick_device, positive, positive_int, rank, rendezvous, run_command,
+                      save_metrics, single_numbers, sum_over_processes, table_of_classes,
+                      whole_number, world_size)
+from losses import mask_classification_loss, mask_terms, per_pixel_loss
+from maskformer import build_model
+from matcher import fixed_match, hungarian_match, matching_cost
 
-AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-NUMBERS = dict(                                       # flags that take a number; the paper's are the defaults
-    queries=100, dim=256, decoder_layers=6, encoder_layers=0, heads=8, ffn_dim=2048, dropout=0.1, # Sec. 4.1
-    class_weight=1., focal_weight=20., dice_weight=1., no_object_weight=0.1,                      # Eq. (1)
-    object_threshold=0.8, overlap_threshold=0.8, size_divisibility=32,                            # Sec. 3.4
-    lr=1e-4, weight_decay=1e-4, warmup=0, clip=0.01, accumulate=1, seed=0,                        # appendix A
-    eval_every=5000, save_every=1000, log_every=20, workers=min(4, os.cpu_count() or 1))
+STOPPED = 75                                                     # exit code after SIGTERM
 
 
-def parse(argv=None):
-    """The command line -> all settings of a run. Defaults: the recipe of the dataset and the backbone."""
-    parser = Flags(__doc__)
-    add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    add("--dataset", default="shapes", choices=DATASETS)
-    add("--data-root", metavar="DIR", help="default: $DATA_ROOT, else ./datasets; own data: its folder")
-    add("--download", action=switch, default=False, help="first fetch what is missing of the dataset")
-    add("--num-classes", type=int, metavar="N", help="of drawn shapes (default: 6); other datasets set it")
-    add("--task", choices=["semantic", "panoptic"], help="a segment is a class region, or an object")
-    add("--model", default="maskformer", choices=["maskformer", "per-pixel", "per-pixel-plus"])
-    add("--backbone", default="resnet50", help="any timm model with features at strides 4 to 32")
-    add("--pretrained", action=switch, default=True, help="start from timm's ImageNet weights")
-    add("--freeze-bn", action=switch, help="of the backbone (default: if pretrained)")
-    add("--init", metavar="WEIGHTS", help="start from a checkpoint, or a name or file of the authors'")
-    add("--matching", default="hungarian", choices=["hungarian", "fixed"])
-    add("--crop", type=int, nargs=2, metavar=("H", "W"))
-    add("--short-side", type=int, nargs="+", metavar="N", help="one of these, at random")
-    add("--augmentation", default="crop", choices=["crop", "detr"], help="random crop, or DETR's for COCO")
-    add("--color-distortion", action=switch, default=True)
-    add("--backbone-lr-factor", type=float, help="default: 0.1 if pretrained (Swin: 1), else 1")
-    add("--schedule", default="poly", choices=["poly", "step"])
-    add("--milestones", type=int, nargs="*", default=[], help="of --schedule step: where it divides by 10")
-    add("--amp", default="auto", choices=["auto", *AMP], help="auto: bf16 on GPUs that have it")
-    add("--compile", action=switch, default=False)
-    add("--output", metavar="DIR", help="default: the next free runs/DATASET-001")
-    add("--resume", action="store_true", help="continue DIR/last.pt with its flags; those given override")
-    add("--overfit", type=int, metavar="N", help="debugging: train and test on N unaugmented images")
-    for name in ("batch_size", "steps", "max_long_side", "test_short_side", "test_max_long_side"):
-        add("--" + name.replace("_", "-"), type=int, metavar="N", help="default: as the recipe says")
-    for name, default in NUMBERS.items():
-        add("--" + name.replace("_", "-"), type=type(default), metavar="N", help=f"{default} or the recipe's")
-    chosen, _ = parser.parse_known_args(argv)                            # for the defaults of all others
-    earlier = earlier_flags(chosen)
-    defaults = recipe(earlier.get("dataset", chosen.dataset), earlier.get("backbone", chosen.backbone))
-    parser.set_defaults(**NUMBERS | defaults | earlier)
-    args = parser.parse_args(argv)
-    args.freeze_bn = args.pretrained if args.freeze_bn is None else args.freeze_bn
+# ------------------------------------------------------------------------------------ recipes
+def row(crop, side, sizes, test_max_long_side, batch_size, steps, **more):
+    """A line of appendix A's table; sizes in pixels.
+
+    In training the short side becomes one of int(0.1 k side) for k in `sizes`, the long side at
+    most 4 side, and `crop` (H, W) is cut out. In a test the short side becomes `side`.
+    """
+    return {"crop": crop,
+            "short_side": [int(0.1 * k * side) for k in sizes],
+            "max_long_side": 4 * side,
+            "test_short_side": side,
+            "test_max_long_side": test_max_long_side,
+            "batch_size": batch_size,
+            "steps": steps} | more
+
+
+HALF_TO_1_5 = range(5, 16)
+HALF_TO_2 = range(5, 21)
+RECIPES = {
+    # The paper's:        crop          side  sizes        test   batch  steps
+    "ade20k":          row((512, 512),   512, HALF_TO_2,   2048,  16,    160_000),
+    "ade20k-full":     row((512, 512),   512, HALF_TO_2,   2048,  16,    200_000),
+    "coco-stuff-10k":  row((640, 640),   640, HALF_TO_1_5, 2560,  32,     60_000,
+                           size_divisibility=0),
+    "cityscapes":      row((512, 1024), 1024, HALF_TO_2,   2048,  16,     90_000),
+    "mapillary":       row((1280, 1280), 2048, HALF_TO_2,  2048,  16,    300_000),
+    "ade20k-panoptic": row((640, 640),   640, HALF_TO_2,   2560,  16,    720_000,
+                           encoder_layers=6, object_threshold=0.7),
+    "coco-panoptic":   row(None,         800, [],          1333,  64,    554_400,
+                           augmentation="detr", short_side=list(range(480, 801, 32)),
+                           max_long_side=1333, encoder_layers=6, size_divisibility=0,
+                           schedule="step", milestones=[369_600]),
+
+    # Modelled on the closest of these:
+    "cityscapes-panoptic": row((512, 1024), 1024, HALF_TO_2, 2048, 16, 90_000, encoder_layers=6),
+    "voc":             row((512, 512),   512, HALF_TO_2,   2048,  16,     40_000),
+    "folder":          row((512, 512),   512, HALF_TO_2,   2048,  16,     40_000),
+    "panoptic":        row((640, 640),   640, HALF_TO_2,   2560,  16,     40_000,
+                           object_threshold=0.7),
+
+    # Small enough for a CPU, and from scratch:
+    "shapes":          row((64, 96),      64, [],            96,  16,        500,
+                           short_side=[56, 64, 72], color_distortion=False,
+                           backbone="resnet10t", pretrained=False, queries=20, decoder_layers=3,
+                           dim=64, heads=4, ffn_dim=256, dropout=0., lr=2e-3, clip=0.1, warmup=20),
+}
+SWIN = {"lr": 6e-5, "weight_decay": 1e-2, "backbone_lr_factor": 1., "warmup": 1500,
+        "encoder_layers": 0}
+
+
+def recipe(dataset, backbone="resnet50"):
+    """The settings of a run on a dataset with a backbone: {flag: value}."""
+    settings = dict(RECIPES[dataset])
+    if backbone.startswith("swin_") and dataset != "shapes":
+        settings |= SWIN
+        if dataset == "ade20k" and "384" in backbone:            # Swin-B and Swin-L
+            settings |= row((640, 640), 640, HALF_TO_2, 2560, 16, 160_000)
+    return settings
+
+
+# ------------------------------------------------------------------------------------ flags
+def parse_args(argv=None):
+    """The command line -> all settings of a run.
+
+    The paper's values are the defaults; a recipe comes before them, the flags of a resumed run come
+    before the recipe, and the command line comes first.
+    """
+    switch = argparse.BooleanOptionalAction
+
+    # These four decide about the defaults of all others.
+    first = ArgumentParser(add_help=False, allow_abbrev=False)
+    add = first.add_argument
+    add("--dataset", default="shapes", choices=DATASETS, help="the dataset, and with it the recipe")
+    add("--backbone", default="resnet50",
+        help="any timm model with feature maps at strides 4, 8, 16 and 32")
+    add("--output", metavar="DIR",
+        help="folder of the run (default: the next free one of runs/DATASET-001, -002, ...)")
+    add("--resume", action="store_true",
+        help="continue the run in --output with its flags, if it has a checkpoint")
+
+    parser = ArgumentParser(description=__doc__, parents=[first], allow_abbrev=False,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("data").add_argument
+    add("--data-root", metavar="DIR",
+        help="folder of the datasets, for `folder` and `panoptic` of your own data (default: "
+             "$DATA_ROOT, else ./datasets)")
+    add("--num-classes", type=positive_int, metavar="K",
+        help="classes of the drawn shapes (default: 6); other datasets have their own")
+    add("--task", choices=["semantic", "panoptic"],
+        help="whether a segment is all of a class or one object (default: what the dataset has)")
+    add("--augmentation", default="crop", choices=["crop", "detr"],
+        help="random size and crop, or DETR's for COCO (default: %(default)s)")
+    add("--crop", type=positive_int, nargs=2, metavar=("H", "W"),
+        help="size of the crops that are trained on (default: %(default)s)")
+    add("--short-side", type=positive_int, nargs="+", metavar="N",
+        help="short side of a training image before the crop, one of these at random")
+    add("--max-long-side", type=positive_int, metavar="N",
+        help="upper limit of its long side (default: %(default)s)")
+    add("--color-distortion", action=switch, default=True,
+        help="distort the colors of training images as SSD does")
+    add("--test-short-side", type=positive_int, metavar="N",
+        help="short side at which held-out images are seen (default: %(default)s)")
+    add("--test-max-long-side", type=positive_int, metavar="N",
+        help="upper limit of their long side (default: %(default)s)")
+    add("--workers", type=whole_number, default=min(4, os.cpu_count() or 1), metavar="N",
+        help="processes that read and augment images, per training process (default: %(default)s)")
+    add("--overfit", type=positive_int, metavar="N",
+        help="debugging: train and test on the same N images, not augmented")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="maskformer", choices=["maskformer", "per-pixel", "per-pixel-plus"],
+        help="MaskFormer, or one of the per-pixel baselines of Sec. 4 (default: %(default)s)")
+    add("--pretrained", action=switch, default=True,
+        help="start the backbone from ImageNet weights, which timm downloads")
+    add("--freeze-bn", action=switch,
+        help="keep the batch norms of the backbone as they are (default: if pretrained)")
+    add("--init", metavar="WEIGHTS",
+        help="start from a checkpoint, or from the name or file of released weights; a class head "
+             "of another size starts anew")
+    add("--init-backbone", metavar="WEIGHTS",
+        help="start the backbone alone from the one in a checkpoint")
+    add("--queries", type=positive_int, default=100, metavar="Q",
+        help="number of queries (default: %(default)s; Sec. 4.1: 100)")
+    add("--dim", type=positive_int, default=256, metavar="D",
+        help="channels of all embeddings (default: %(default)s; Sec. 4.1: 256)")
+    add("--decoder-layers", type=positive_int, default=6, metavar="L",
+        help="layers of the transformer decoder (default: %(default)s; Sec. 4.1: 6)")
+    add("--encoder-layers", type=whole_number, default=0, metavar="N",
+        help="layers of a transformer encoder below it (default: %(default)s; 6 in the panoptic "
+             "ResNet models)")
+    add("--heads", type=positive_int, default=8, metavar="N",
+        help="attention heads (default: %(default)s)")
+    add("--ffn-dim", type=positive_int, default=2048, metavar="N",
+        help="width of the transformer's feed-forward networks (default: %(default)s)")
+    add("--dropout", type=fraction, default=0.1, metavar="P",
+        help="dropout in the transformer (default: %(default)s)")
+    add("--size-divisibility", type=whole_number, default=32, metavar="N",
+        help="held-out images are padded to a multiple of this, 0: not at all "
+             "(default: %(default)s)")
+
+    add = parser.add_argument_group("matching and loss").add_argument
+    add("--matching", default="hungarian", choices=["hungarian", "fixed"],
+        help="bipartite matching (Sec. 3.2), or query k for class k (Table 4)")
+    add("--class-weight", type=positive, default=1., metavar="X",
+        help="weight of the cross entropy in loss and matching (default: %(default)s)")
+    add("--focal-weight", type=positive, default=20., metavar="X",
+        help="weight of the focal term in loss and matching (default: %(default)s; Sec. 4.1: 20)")
+    add("--dice-weight", type=positive, default=1., metavar="X",
+        help="weight of the dice term in loss and matching (default: %(default)s; Sec. 4.1: 1)")
+    add("--no-object-weight", type=positive, default=0.1, metavar="X",
+        help='weight of "no object" in the cross entropy (default: %(default)s; Sec. 4.1: 0.1)')
+
+    add = parser.add_argument_group("optimization").add_argument
+    add("--steps", type=positive_int, metavar="N",
+        help="optimizer steps of the whole run (default: %(default)s)")
+    add("--batch-size", type=positive_int, metavar="N",
+        help="images of a step, over all processes (default: %(default)s)")
+    add("--accumulate", type=positive_int, default=1, metavar="N",
+        help="forward passes of a step, each on a part of the batch (default: %(default)s)")
+    add("--lr", type=positive, default=1e-4, metavar="X",
+        help="learning rate of AdamW (default: %(default)s)")
+    add("--backbone-lr-factor", type=positive, metavar="X",
+        help="the backbone's rate is this times --lr (default: 0.1 if pretrained, else 1; Swin: 1)")
+    add("--weight-decay", type=positive, default=1e-4, metavar="X",
+        help="except on norms, embeddings and relative positions (default: %(default)s)")
+    add("--warmup", type=whole_number, default=0, metavar="N",
+        help="steps in which the rate rises from 1e-6 of itself (default: %(default)s)")
+    add("--schedule", default="poly", choices=["poly", "step"],
+        help="the rate falls as (1 - step / steps)^0.9, or by 10 at each milestone "
+             "(default: %(default)s)")
+    add("--milestones", type=positive_int, nargs="*", default=[], metavar="N",
+        help="steps at which --schedule step divides the rate by 10")
+    add("--clip", type=positive, default=0.01, metavar="X",
+        help="limit of the gradient's norm, 0: none (default: %(default)s; appendix A: 0.01)")
+    add("--amp", default="auto", choices=["auto", *AMP],
+        help="mixed precision (default: bf16 on GPUs that have it, else off: float32)")
+    add("--compile", action=switch,
+        help="torch.compile model, matching costs and mask losses (default: on a GPU)")
+    add("--seed", type=whole_number, default=0, metavar="N",
+        help="of weights, order, augmentation and dropout (default: %(default)s)")
+
+    add = parser.add_argument_group("tests, log, checkpoints").add_argument
+    add("--object-threshold", type=fraction, default=0.8, metavar="P",
+        help="class probability that makes a query a segment (default: %(default)s)")
+    add("--overlap-threshold", type=fraction, default=0.8, metavar="P",
+        help="share of its mask that a segment must keep (default: %(default)s)")
+    add("--eval-every", type=whole_number, default=5000, metavar="N",
+        help="steps between two tests on the held-out images, 0: only at the end "
+             "(default: %(default)s)")
+    add("--save-every", type=positive_int, default=1000, metavar="N",
+        help="steps between two checkpoints (default: %(default)s)")
+    add("--log-every", type=positive_int, default=20, metavar="N",
+        help="steps between two lines of the log (default: %(default)s)")
+
+    known, _ = first.parse_known_args(argv)
+    resumed = flags_of_resumed_run(known)
+    dataset = resumed.get("dataset", known.dataset)
+    settings = recipe(dataset, resumed.get("backbone", known.backbone))
+    parser.set_defaults(**settings)                              # before the paper's defaults
+    parser.set_defaults(**resumed)                               # before the recipe
+    args = parser.parse_args(argv)                               # the command line comes first
+
+    if args.freeze_bn is None:
+        args.freeze_bn = args.pretrained
     if args.backbone_lr_factor is None:
         args.backbone_lr_factor = 0.1 if args.pretrained else 1.
-    if args.amp == "auto":
-        args.amp = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(False) else "off"
     return args
 
 
-def check(args):
-    """UserError for flags that contradict one another; nothing has been written yet."""
-    used = args.output and Path(args.output, "config.json").exists()
-    mistakes = [
-        (args.resume and not args.output, "--resume needs the --output to continue"),
-        (used and not args.resume, f"{args.output} holds a run: choose another --output, or add --resume"),
-        (args.data_root and args.dataset == "shapes" and not used, "--data-root is not for --dataset shapes"),
-        (args.batch_size % (world_size() * args.accumulate), f"--batch-size {args.batch_size} is not "
-         f"divisible by {world_size()} processes x --accumulate {args.accumulate}"),
-        (args.dim % 32 or args.dim % args.heads,
-         f"--dim {args.dim} is not divisible by 32 and by --heads {args.heads}"),
-        (args.matching == "fixed" and args.model != "maskformer", "--matching is for --model maskformer"),
-        (args.num_classes and args.dataset != "shapes" and not used, "--num-classes is for --dataset shapes"),
-        (args.augmentation == "crop" and not args.crop, "--augmentation crop needs a --crop H W")]
-    for made, message in mistakes:
-        if made:
+def flags_of_resumed_run(args):
+    """-> {flag: value} of the run that --resume continues, from its config.json; {} without one."""
+    path = Path(args.output or "", "config.json")
+    if not (args.resume and args.output and path.exists()):
+        return {}
+    try:
+        config = json.loads(path.read_text())
+        return {name: config[name] for name in config.keys() - {"versions", "git", "processes"}}
+    except (AttributeError, ValueError) as error:
+        raise UserError(f"{path} is not as it was written ({error}): remove it and give all flags "
+                        "again") from error
+
+
+def validate_args(args):
+    """UserError for flags that contradict one another. Nothing has been written yet."""
+    def require(condition, message):
+        if not condition:
             raise UserError(message)
 
+    used = args.output and Path(args.output, "config.json").exists()
+    require(args.output or not args.resume, "--resume needs the --output to continue")
+    require(args.resume or not used,
+            f"{args.output} holds a run: choose another --output, or add --resume")
+    if args.dataset == "shapes":
+        require(used or not args.data_root, "--data-root is not for --dataset shapes")
+    else:
+        require(used or not args.num_classes, "--num-classes is for --dataset shapes")
+    parts = world_size() * args.accumulate
+    require(args.batch_size % parts == 0, f"--batch-size {args.batch_size} is not divisible by "
+            f"{world_size()} processes x --accumulate {args.accumulate}")
+    require(args.dim % 32 == 0 and args.dim % args.heads == 0,
+            f"--dim {args.dim} is not divisible by 32 and by --heads {args.heads}")
+    require(args.matching == "hungarian" or args.model == "maskformer",
+            "--matching is for --model maskformer")
+    require(args.augmentation == "detr" or args.crop, "--augmentation crop needs a --crop H W")
 
-# ---------------------------------------------------------------------------------------- optimisation
+
+# ------------------------------------------------------------------------------------ optimization
 def parameter_groups(model, args):
-    """Appendix A: the backbone's own rate; no decay on norms, embeddings and relative-position tables."""
-    undecayed = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.Embedding)
+    """Appendix A: the backbone's own rate; no decay on norms, embeddings and relative positions."""
+    without_decay = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.Embedding)
     groups = {}
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad:
-                decays = not isinstance(module, undecayed) and "relative_position" not in name
-                groups.setdefault((prefix.startswith("backbone"), decays), []).append(parameter)
-    return [{"params": params, "rate": args.lr * (args.backbone_lr_factor if in_backbone else 1.),
-             "weight_decay": args.weight_decay * decays} for (in_backbone, decays), params in groups.items()]
+            if not parameter.requires_grad:
+                continue
+            in_backbone = prefix.startswith("backbone")
+            decays = not isinstance(module, without_decay) and "relative_position" not in name
+            groups.setdefault((in_backbone, decays), []).append(parameter)
+
+    result = []
+    for (in_backbone, decays), parameters in groups.items():
+        result.append({"params": parameters,
+                       "rate": args.lr * (args.backbone_lr_factor if in_backbone else 1.),
+                       "weight_decay": args.weight_decay if decays else 0.})
+    return result
 
 
 def lr_factor(step, args):
-    """What the rates are multiplied with at this step."""
-    factor = (1 - step / args.steps) ** 0.9
-    if args.schedule == "step":
+    """What the learning rates are multiplied by at this step."""
+    if args.schedule == "poly":
+        factor = (1 - step / args.steps) ** 0.9
+    else:
         factor = 0.1 ** sum(step >= milestone for milestone in args.milestones)
     if step < args.warmup:
         factor *= 1e-6 + (1 - 1e-6) * step / args.warmup
     return factor
 
 
-def compute_loss(output, batch, count, args):
-    """-> {"loss": what is minimised (Eq. 1), "loss_ce", "loss_mask", "loss_dice": its raw terms,
-    "matched_dice": mean overlap of segments and their masks}. output: the model's; count: `target_count`."""
-    if args.model != "maskformer":
-        ce = losses.per_pixel_loss(output, batch.label_map(void=-1), void=-1, num_pixels=count)
-        return {"loss": ce, "loss_ce": ce}
-    class_logits, mask_logits = output                                   # [L, B, Q, K+1], [L, B, Q, h, w]
-    masks = batch.masks()                                                # [N, H, W]
-    match = {"hungarian": hungarian_match, "fixed": fixed_match}[args.matching]
-    matches = match(class_logits, mask_logits, batch.labels, masks, batch.owner,
-                    args.class_weight, args.focal_weight, args.dice_weight)
-    ce, focal, dice = losses.mask_classification_loss(class_logits, mask_logits, batch.labels, masks, matches,
-                                                      count, args.no_object_weight)
-    return {"loss": args.class_weight * ce + args.focal_weight * focal + args.dice_weight * dice,
-            "loss_ce": ce, "loss_mask": focal, "loss_dice": dice, "matched_dice": 1 - dice / len(mask_logits)}
-
-
 def target_count(batches, args):
-    """Segments (baselines: labelled pixels) of a forward pass, averaged over passes and processes."""
-    if args.model == "maskformer":                                       # torch.full: no wait for a GPU
-        count = torch.full((), sum(len(batch.labels) for batch in batches), device=batches[0].labels.device)
+    """Segments (baselines: labelled pixels) of a forward pass, a mean over passes and processes."""
+    if args.model == "maskformer":
+        count = sum(len(batch.labels) for batch in batches)
+        count = torch.full((), count, device=batches[0].labels.device)
     else:
         count = sum((batch.label_map(void=-1) >= 0).sum() for batch in batches)
     return sum_over_processes(count / len(batches)) / world_size()
 
 
-def training_step(step, batches, model, optimizer, scaler, args):
-    """Sec. 4.2: one step on `--accumulate` batches -> the scalars of `compute_loss` and grad_norm."""
+def compute_loss(output, batch, count, args, matching_cost=matching_cost, mask_terms=mask_terms):
+    """-> {"loss": what is minimised (Eq. 1); "loss_ce", "loss_mask", "loss_dice": its raw terms;
+    "matched_dice": the mean overlap of segments and their masks}.
+
+    output: of the model; count: `target_count`; the two functions: as they are, or compiled
+    """
+    if args.model != "maskformer":
+        ce = per_pixel_loss(output, batch.label_map(void=-1), void=-1, num_pixels=count)
+        return {"loss": ce, "loss_ce": ce}
+
+    class_logits, mask_logits = output                           # [L, B, Q, K+1], [L, B, Q, h, w]
+    targets = batch.labels, batch.masks(), batch.owner           # [N], [N, H, W], [N]
+    if args.matching == "hungarian":
+        matches = hungarian_match(class_logits, mask_logits, *targets, args.class_weight,
+                                  args.focal_weight, args.dice_weight, matching_cost)
+    else:
+        matches = fixed_match(class_logits, mask_logits, *targets)
+
+    labels, masks, _ = targets
+    ce, focal, dice = mask_classification_loss(class_logits, mask_logits, labels, masks, matches,
+                                               count, args.no_object_weight, mask_terms)
+    loss = args.class_weight * ce + args.focal_weight * focal + args.dice_weight * dice
+    return {"loss": loss, "loss_ce": ce, "loss_mask": focal, "loss_dice": dice,
+            "matched_dice": 1 - dice / len(mask_logits)}
+
+
+def compiled_loss():
+    """`compute_loss` with its two expensive parts compiled; the number of segments varies."""
+    return partial(compute_loss,
+                   matching_cost=torch.compile(matching_cost, dynamic=True),
+                   mask_terms=torch.compile(mask_terms, dynamic=True))
+
+
+def training_step(step, batches, model, optimizer, scaler, args, loss_of=compute_loss):
+    """Sec. 4.2: one step, on `--accumulate` batches -> the scalars of `compute_loss`, grad_norm."""
     for group in optimizer.param_groups:
         group["lr"] = group["rate"] * lr_factor(step, args)
-    torch.manual_seed(seed_of(args.seed, step, rank()))                  # dropout, too, repeats when resumed
-    count, sums, device = target_count(batches, args), {}, batches[0].images.device
+    torch.manual_seed(seed_of(args.seed, step, rank()))          # so a resumed run drops the same
+    device = batches[0].images.device
+    count = target_count(batches, args)
+
+    sums = {}
     for batch in batches:
-        wait = world_size() > 1 and batch is not batches[-1]             # DDP reduces in the last pass only
-        with model.no_sync() if wait else contextlib.nullcontext():
+        # DDP averages the gradients of the processes in the last pass only.
+        last = batch is batches[-1]
+        sync = contextlib.nullcontext() if last or world_size() == 1 else model.no_sync()
+        with sync:
             with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
                 output = model(batch.images)
-            terms = compute_loss(output, batch, count, args)
-            if device.type == "cpu" and not terms["loss"].isfinite():    # on a GPU this would force a sync
+            terms = loss_of(output, batch, count, args)
+            if device.type == "cpu" and not terms["loss"].isfinite():    # a GPU would have to wait
                 raise FloatingPointError("the loss is not finite")
             scaler.scale(terms["loss"] / len(batches)).backward()
-        sums = {name: sums.get(name, 0) + term.detach() / len(batches) for name, term in terms.items()}
+        for name, term in terms.items():
+            sums[name] = sums.get(name, 0) + term.detach() / len(batches)
+
     scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or float("inf"))
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
-    return sums | {"grad_norm": norm}
+    return sums | {"grad_norm": grad_norm}
 
 
-# ---------------------------------------------------------------------------------------- start and log
-def start_from(model, source):
-    """--init: the weights of `source` but a class head (baseline+: queries) of another size -> skipped."""
-    state, own = load(source)[0].state_dict(), model.state_dict()
-    fitting = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
-    skipped = [name for name in sorted(own | state) if name not in fitting and "num_batches" not in name]
-    head = ("to_class.",) if hasattr(model, "to_class") else ("to_class.", "query_pos.")     # of baseline+
-    wrong = [name for name in skipped if not name.startswith(head)]
-    if wrong:
-        raise UserError(f"--init {source}: another model than the flags describe: {', '.join(wrong[:4])} ..")
-    model.load_state_dict(fitting, strict=False)
-    return skipped
-
-
-def write_log(folder, args, step, terms, seconds, data_seconds):
-    """Means over the last steps, to log.jsonl and console; FloatingPointError if one is not finite."""
-    names, n, memory = list(terms[0]), len(terms), torch.cuda.max_memory_allocated()
-    means = torch.stack([torch.stack([term[name] for name in names]) for term in terms]).mean(0)
-    means = (sum_over_processes(means) / world_size()).tolist()
-    if not all(map(math.isfinite, means[:-1] if args.amp == "fp16" else means)):     # fp16 may skip a step
-        raise FloatingPointError("the loss or its gradient is not finite")
-    if rank() > 0:
-        return
-    row = {"step": step} | {name: round(x, 5) for name, x in zip(names, means) if math.isfinite(x)} | {
-        "lr": args.lr * lr_factor(step - 1, args), "images_per_s": round(n * args.batch_size / seconds, 2),
-        "data_time": round(data_seconds / n, 4), "memory_gb": round(memory / 2 ** 30, 2)}
-    log_row(folder, row)
-    eta = datetime.timedelta(seconds=round(seconds / n * (args.steps - step)))
-    numbers = "  ".join(f"{name} {value:.3g}" for name, value in row.items() if name != "step")
-    print(f"step {step}/{args.steps}  eta {eta}  {numbers}", flush=True)
-
-
-# ---------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------ start
 def load_datasets(args):
     """-> training samples, held-out images; sets `args.num_classes` and `args.task`."""
-    if args.download:                                                    # process 0 does, the others wait
-        patient = world_size() > 1 and dist.new_group(timeout=datetime.timedelta(days=1), backend="gloo")
-        if rank() == 0:
-            download(args.dataset, args.data_root)
-        if patient:
-            dist.barrier(patient)
-    options = {"num_classes": args.num_classes} if args.num_classes and args.dataset == "shapes" else {}
-    train_set, test_set = (build_dataset(args.dataset, args.data_root, split, **options)
-                           for split in ("train", "val"))
-    crop = (args.crop, args.color_distortion) if args.augmentation == "crop" else ()
-    augment = (Augmentation if crop else DetrAugmentation)(args.short_side, args.max_long_side, *crop)
+    options = {}
+    if args.dataset == "shapes" and args.num_classes:
+        options["num_classes"] = args.num_classes
+    train_set = build_dataset(args.dataset, args.data_root, "train", **options)
+    test_set = build_dataset(args.dataset, args.data_root, "val", **options)
+
+    if args.augmentation == "crop":
+        augment = Augmentation(args.short_side, args.max_long_side, args.crop,
+                               args.color_distortion)
+    else:
+        augment = DetrAugmentation(args.short_side, args.max_long_side)
     if args.overfit:
         del train_set.pairs[args.overfit:]
         test_set = train_set
-        augment = partial(resized, short_side=args.test_short_side, max_long_side=args.test_max_long_side)
+        augment = partial(resized, short_side=args.test_short_side,
+                          max_long_side=args.test_max_long_side)
+
     args.num_classes = len(test_set.classes)
     args.task = args.task or ("panoptic" if test_set.panoptic else "semantic")
     if args.matching == "fixed" and (args.task, args.queries) != ("semantic", args.num_classes):
@@ -231,120 +420,387 @@ def load_datasets(args):
     return TrainingSamples(train_set, augment, args.seed, args.task), test_set
 
 
-def save_checkpoint(path, parts, step, best, args, dataset):
+def checkpoint_to_continue(args, classes):
+    """The content of last.pt for --resume, or None. UserError if it is of another run."""
+    path = Path(args.output or "", "last.pt")
+    last = load_checkpoint(path) if args.resume and path.exists() else None
+    step = last["step"] if last else 0
+    if step > args.steps:
+        raise UserError(f"{path} is of step {step}, which is after --steps {args.steps}")
+    if last and last["classes"] != classes:
+        raise UserError(f"{path} has other classes ({len(last['classes'])}) than the dataset "
+                        f"({len(classes)})")
+    if sum_over_processes(torch.tensor(step)) != step * world_size():
+        raise UserError(f"not all processes see {path}: all machines must share --output")
+    return last
+
+
+def load_into(part, state):
+    """part.load_state_dict(state), which must be of the run that the flags describe."""
+    try:
+        part.load_state_dict(state)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UserError(f"last.pt is of another run than the flags describe: {error}") from error
+
+
+def start_model(args, last, device):
+    """The model in training mode, of a new run or of the checkpoint `last`."""
+    torch.manual_seed(args.seed)
+    from_imagenet = args.pretrained and not args.init and not last
+    try:
+        model = build_model(vars(args), from_imagenet)
+    except (OSError, RuntimeError, ValueError) as error:         # timm: no such name, no weights
+        raise UserError(f"--backbone {args.backbone}: {error}") from error
+
+    if last:
+        load_into(model, last["model"])
+    elif args.init:
+        skipped = start_from(model, args)
+        if rank() == 0:
+            print(f"starts from {args.init}; skipped: {', '.join(skipped) or 'nothing'}")
+    elif args.init_backbone:
+        start_backbone_from(model, args.init_backbone)
+
+    if device.type == "cuda" and world_size() > 1 and not args.freeze_bn:
+        model = convert_sync_batchnorm(model)
+    return model.to(device).train()
+
+
+def start_from(model, args):
+    """--init: takes over all weights but a class head of another size (baseline+: queries), whose
+    names are returned. UserError if anything else differs."""
+    other, info = load(args.init)
+    heads = info["config"].get("heads", args.heads)
+    if heads != args.heads:                                      # no shape would tell
+        raise UserError(f"--init {args.init} has {heads} attention heads: add --heads {heads}")
+
+    theirs, ours = other.state_dict(), model.state_dict()
+    fitting = {name: value for name, value in theirs.items()
+               if name in ours and value.shape == ours[name].shape}
+    head = ("to_class.",) if hasattr(model, "to_class") else ("to_class.", "query_pos.")
+    skipped = [name for name in sorted(ours | theirs) if name not in fitting]
+    wrong = [name for name in skipped if not name.startswith(head)]
+    if wrong:
+        raise UserError(f"--init {args.init}: the flags describe another model: it differs in "
+                        f"{', '.join(wrong[:4])} ..")
+    model.load_state_dict(fitting, strict=False)
+    return skipped
+
+
+def start_backbone_from(model, source):
+    """--init-backbone: takes over the weights of the backbone. UserError if they do not fit."""
+    backbone = load(source)[0].backbone
+    try:
+        model.backbone.load_state_dict(backbone.state_dict())
+    except RuntimeError as error:
+        raise UserError(f"--init-backbone {source}: another backbone: {error}") from error
+
+
+def start_optimizer(model, args, last, device):
+    """-> AdamW and the scaler of fp16 gradients, in the state of the checkpoint `last`, if any."""
+    optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    if last:
+        load_into(optimizer, last["optimizer"])
+        if last["scaler"]:                                       # empty unless fp16
+            load_into(scaler, last["scaler"])
+    for group, wanted in zip(optimizer.param_groups, parameter_groups(model, args)):
+        group["rate"] = wanted["rate"]                           # from the flags, also if resumed
+        group["weight_decay"] = wanted["weight_decay"]
+    return optimizer, scaler
+
+
+def start_folder(args, first_step):
+    """Makes the folder of the run and its config.json: flags, versions, git revision -> its path.
+
+    Rows of the log after `first_step` are dropped: what a killed run did after its last checkpoint
+    is done again.
+    """
+    folder = Path(args.output) if args.output else next_free_folder(f"runs/{args.dataset}")
+    if rank() > 0:                                               # only process 0 writes
+        return folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {folder} cannot be made ({error.strerror})") from error
+
+    packages = ("torch", "torchvision", "timm", "scipy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    config = vars(args) | {"versions": versions, "git": git_revision(), "processes": world_size()}
+    write_atomically(folder / "config.json", json.dumps(config, indent=1) + "\n")
+
+    log = folder / "log.jsonl"
+    if log.exists():
+        lines = [line for line in log.read_text().splitlines() if line.endswith("}")]  # not cut off
+        kept = [line for line in lines if belongs(json.loads(line), first_step, args)]
+        write_atomically(log, "".join(line + "\n" for line in kept))
+    return folder
+
+
+def belongs(row, first_step, args):
+    """Whether a row of the log is of a step before the resumed one; the last test is repeated."""
+    last_test = "mIoU" in row and row["step"] == args.steps
+    return row["step"] <= first_step and not last_test
+
+
+def next_free_folder(prefix):
+    number = 1
+    while Path(f"{prefix}-{number:03d}").exists():
+        number += 1
+    return Path(f"{prefix}-{number:03d}")
+
+
+def git_revision():
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:                                              # no git here
+        return None
+    return result.stdout.strip() or None
+
+
+# ------------------------------------------------------------------------------------ log and save
+def write_atomically(path, content):
+    """Writes text (anything else: torch.save) under another name and renames: never half a file."""
+    unfinished = path.with_suffix(".part")
+    try:
+        with open(unfinished, "wb") as file:
+            if isinstance(content, str):
+                file.write(content.encode())
+            else:
+                torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except (OSError, RuntimeError) as error:                     # torch: RuntimeError if disk full
+        unfinished.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written ({error}); what was there is untouched. Make "
+                        "room, then continue with --output DIR --resume") from error
+
+
+def save_checkpoint(path, model, optimizer, scaler, step, best, args, dataset):
     """All that a resumed run needs; process 0 writes it."""
-    if rank() == 0:
-        state = {name: part.state_dict() for name, part in parts.items()}
-        write_whole(path, state | dict(step=step, best=best, seed=args.seed, config=vars(args),
-                                       classes=dataset.classes, is_thing=dataset.is_thing))
+    if rank() > 0:
+        return
+    write_atomically(path, {"model": model.state_dict(),
+                            "optimizer": optimizer.state_dict(),
+                            "scaler": scaler.state_dict(),
+                            "step": step,
+                            "best": best,
+                            "config": vars(args),
+                            "classes": dataset.classes,
+                            "is_thing": dataset.is_thing,
+                            "category_ids": dataset.category_ids,
+                            "label_values": dataset.label_values})
 
 
-def test(model, test_set, folder, step, args):
-    """Evaluates -> metrics; writes metrics.json and a line of log.jsonl, draws the two pictures."""
-    options = {name: getattr(args, name) for name in TEST_OPTIONS}
-    for buffer in model.buffers() if world_size() > 1 else []:           # statistics of batch norms
-        dist.broadcast(buffer, 0)
-    metrics = evaluate(model.eval(), test_set, workers=args.workers, task=args.task, **options)
+def save_if_best(folder, metrics, model, optimizer, scaler, step, best, args, dataset):
+    """Saves best.pt if the score is above `best`, and last.pt, which knows it -> the best score."""
+    score = metrics.get("PQ", metrics["mIoU"])
+    if score <= best:
+        return best
+    for name in ("best.pt", "last.pt"):
+        save_checkpoint(folder / name, model, optimizer, scaler, step, score, args, dataset)
+    return score
+
+
+def log_row(folder, row):
+    with open(folder / "log.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def write_log(folder, args, step, terms, seconds, data_seconds):
+    """Means since the last row, to log.jsonl and the console. FloatingPointError if not finite.
+
+    terms: the scalars of these steps; seconds: their time; data_seconds: the wait for data in it
+    """
+    names = list(terms[0])
+    means = torch.stack([torch.stack([term[name] for name in names]) for term in terms]).mean(0)
+    means = sum_over_processes(means) / world_size()
+    means = dict(zip(names, means.tolist()))
+    for name, value in means.items():
+        skipped = name == "grad_norm" and args.amp == "fp16"     # the scaler skips such a step
+        if not math.isfinite(value) and not skipped:
+            raise FloatingPointError("the loss or its gradient is not finite")
+    if rank() > 0:
+        return
+
+    row = {"step": step}
+    row |= {name: round(value, 5) for name, value in means.items() if math.isfinite(value)}
+    row["lr"] = args.lr * lr_factor(step - 1, args)
+    row["images_per_s"] = round(len(terms) * args.batch_size / seconds, 2)
+    row["data_time"] = round(data_seconds / len(terms), 4)
+    row["memory_gb"] = round(torch.cuda.max_memory_allocated() / 2 ** 30, 2)
+    log_row(folder, row)
+    eta = datetime.timedelta(seconds=round(seconds / len(terms) * (args.steps - step)))
+    numbers = "  ".join(f"{name} {value:.3g}" for name, value in row.items() if name != "step")
+    print(f"step {step}/{args.steps}  eta {eta}  {numbers}", flush=True)
+
+
+def evaluate_run(model, test_set, folder, step, args):
+    """Evaluates -> metrics; writes metrics.json, a row of the log and the two pictures."""
+    options = {name: getattr(args, name) for name in TEST_OPTIONS} | {"amp": args.amp}
+    if world_size() > 1:
+        for buffer in model.buffers():                           # statistics of batch norms
+            dist.broadcast(buffer, 0)
+    model.eval()
+    metrics = evaluate(model, test_set, workers=args.workers, task=args.task, **options)
     if rank() == 0:
-        draw_predictions(model, test_set, folder / "predictions.png", **options)
-        if args.model == "maskformer":
-            draw_queries(model, test_set, folder / "queries.png", **options)
         save_metrics(folder / "metrics.json", metrics, test_set.classes, step=step)
         log_row(folder, {"step": step} | single_numbers(metrics))
         print(f"step {step}/{args.steps}  held-out  {single_numbers(metrics)}", flush=True)
+        draw_predictions(model, test_set, folder / "predictions.png", **options)
+        if args.model == "maskformer":
+            draw_queries(model, test_set, folder / "queries.png", **options)
     model.train()
     return metrics
 
 
-def prepare(args, device, classes):
-    """-> {"model", "optimizer", "scaler"}, first step, best score so far: of a new run or of last.pt."""
-    path = Path(args.output or "", "last.pt")
-    last = read_checkpoint(path) if args.resume and path.exists() else None
-    torch.manual_seed(args.seed)
-    model = build_model(vars(args), args.num_classes, args.pretrained and not args.init and not last)
-    if args.init and not last:
-        skipped = start_from(model, args.init)
-        if rank() == 0:
-            print(f"starts from {args.init}; skipped: {', '.join(skipped) or 'nothing'}")
-    if device.type == "cuda" and world_size() > 1:
-        model = convert_sync_batchnorm(model)
-    model.to(device).train()
-    parts = {"model": model, "optimizer": torch.optim.AdamW(parameter_groups(model, args), fused=True),
-             "scaler": torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")}
-    first, best = (last["step"], last["best"]) if last else (0, -1.)
-    try:
-        if first > args.steps or last and last["classes"] != classes:
-            raise ValueError(f"it is of step {first}, with {len(last['classes'])} classes")
-        for name, part in parts.items():
-            if last and last[name]:
-                part.load_state_dict(last[name])
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path} is of another run than the flags describe: {' '.join(str(error).split())}")
-    for group, new in zip(parts["optimizer"].param_groups, parameter_groups(model, args)):
-        group |= {"rate": new["rate"], "weight_decay": new["weight_decay"]}  # from the flags, even if resumed
-    if sum_over_processes(torch.tensor(first)) != first * world_size():
-        raise UserError(f"not all processes see {path}: they would resume from different steps")
-    return parts, first, best
+class StopSignal:
+    """Notes SIGTERM and SIGUSR1, with which a cluster asks for its machine."""
+
+    def __init__(self):
+        self.received = False
+        for name in ("SIGTERM", "SIGUSR1"):
+            if hasattr(signal, name):                            # Windows lacks the second
+                signal.signal(getattr(signal, name), self.note)
+
+    def note(self, *_):
+        self.received = True
+
+    def anywhere(self):
+        """Whether any process has received one; all must ask together."""
+        return sum_over_processes(torch.tensor(int(self.received))).item() > 0
 
 
+# ------------------------------------------------------------------------------------ training
+@record                                          # torchrun reports the process that failed first
 def train(args, device):
     """A whole run -> held-out images, metrics (None if a signal stopped it), folder."""
     samples, test_set = load_datasets(args)
-    parts, first, best = prepare(args, device, test_set.classes)
-    model, optimizer, scaler = parts.values()
-    folder = start_folder(args, first)
-    if rank() == 0:
-        print(f"{args.model}, {args.backbone}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M, "
-              f"{args.dataset}, {len(samples.dataset)} images, {world_size()}x{device}, {folder}", flush=True)
-    parallel = torch.compile(model) if args.compile else model
-    if args.compile:                                                     # uncompiled 30 % of a step (H100)
-        losses.focal_loss, losses.dice_loss = map(torch.compile, (losses.focal_loss, losses.dice_loss))
+    last = checkpoint_to_continue(args, test_set.classes)
+    first_step, best = (last["step"], last["best"]) if last else (0, -1.)
+    model = start_model(args, last, device)
+    optimizer, scaler = start_optimizer(model, args, last, device)
+    folder = start_folder(args, first_step)
+
+    parallel, loss_of = model, compute_loss
+    if compiles(args, device):
+        parallel, loss_of = torch.compile(model), compiled_loss()
     if world_size() > 1:
-        parallel = nn.parallel.DistributedDataParallel(parallel, [device] if device.type == "cuda" else None)
-    asked_to_stop = hear_signals()
-    sampler = step_batches(first, args.steps, args.batch_size, rank(), world_size(), args.accumulate)
+        parallel = DistributedDataParallel(parallel, broadcast_buffers=False)
+
+    if rank() == 0:
+        millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        print(f"{args.model}, {args.backbone}, {millions:.1f}M parameters, {args.dataset}, "
+              f"{len(samples.dataset)} images, {world_size()} x {device}, {folder}", flush=True)
+
+    stop = StopSignal()
+    sampler = step_batches(first_step, args.steps, args.batch_size, rank(), world_size(),
+                           args.accumulate)
     stream = training_batches(samples, sampler, args.workers, device)
-    terms, clock, data_seconds = [], time.time(), 0.
-    for step in range(first, args.steps + 1):
-        if step == args.steps or step > 0 and step % args.eval_every == 0:       # also right after a resume
-            metrics, clock = test(model, test_set, folder, step, args), time.time()
-            if (score := metrics.get("PQ", metrics["mIoU"])) > best:
-                best = score
-                for name in ("best.pt", "last.pt"):                      # last.pt, too, knows this best
-                    save_checkpoint(folder / name, parts, step, best, args, test_set)
-        if step == args.steps:
-            return test_set, metrics, folder
-        done, tick = step + 1, time.time()
-        batches = [next(stream).to(device) for _ in range(args.accumulate)]
+    trained_on = torch.zeros(args.num_classes, dtype=torch.bool)
+    terms, clock, data_seconds = [], time.time(), 0.             # since the last row of the log
+    for step in range(first_step, args.steps):
+        done = step + 1
+        tests = done == args.steps or args.eval_every > 0 and done % args.eval_every == 0
+
+        # Load.
+        tick = time.time()
+        batches = [next(stream) for _ in range(args.accumulate)]
+        for batch in batches:
+            trained_on[batch.labels] = True
+        batches = [batch.to(device) for batch in batches]
         data_seconds += time.time() - tick
+
+        # Step, and log.
         try:
-            terms.append(training_step(step, batches, parallel, optimizer, scaler, args))
-            stops = asked_to_stop()
-            saves = stops or done == args.steps or 0 in (done % args.save_every, done % args.eval_every)
+            terms.append(training_step(step, batches, parallel, optimizer, scaler, args, loss_of))
+            stopping = stop.anywhere()
+            saves = tests or stopping or done % args.save_every == 0
             if saves or done == 1 or done % args.log_every == 0:
                 write_log(folder, args, done, terms, time.time() - clock, data_seconds)
                 terms, clock, data_seconds = [], time.time(), 0.
         except FloatingPointError as error:
+            lr = args.lr * lr_factor(step, args)
             names = ", ".join(name for batch in batches for name in batch.names)
-            raise UserError(f"{error}: step {done}, learning rate {args.lr * lr_factor(step, args):.3g}, "
-                            f"images {names}. Checkpoints are untouched. Try a lower --lr or --amp off")
+            raise UserError(f"{error}: step {done}, learning rate {lr:.3g}, images {names}. "
+                            "Checkpoints are untouched. Try a lower --lr or --amp off") from error
+
+        # Save.
+        state = model, optimizer, scaler, done                   # what checkpoints hold
         if saves:
-            save_checkpoint(folder / "last.pt", parts, done, best, args, test_set)
-        if stops:
-            asked_to_stop()                                              # all wait here until it is saved
+            save_checkpoint(folder / "last.pt", *state, best, args, test_set)
+        if stopping:
+            stop.anywhere()                                      # all wait until it is saved
             return test_set, None, folder
+
+        # Evaluate.
+        if tests:
+            metrics = evaluate_run(model, test_set, folder, done, args)
+            best = save_if_best(folder, metrics, *state, best, args, test_set)
+            clock = time.time()
+
+    if first_step == args.steps:                                 # killed in its last evaluation
+        metrics = evaluate_run(model, test_set, folder, first_step, args)
+        save_if_best(folder, metrics, model, optimizer, scaler, first_step, best, args, test_set)
+    else:
+        warn_of_unseen(test_set.classes, trained_on, first_step)
+    return test_set, metrics, folder
+
+
+def compiles(args, device):
+    """Whether to compile: by default on a GPU, and never without a compiler."""
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        needed = "Triton or a C compiler"
+        able = importlib.util.find_spec("triton") and has_compiler("CC", "cc", "gcc", "clang")
+    else:
+        needed = "a C++ compiler"
+        able = has_compiler("CXX", "g++")
+
+    wanted = on_gpu if args.compile is None else args.compile
+    if wanted and not able:
+        warn(f"{needed} is missing, so nothing is compiled (--no-compile: no warning)")
+    return wanted and bool(able)
+
+
+def has_compiler(variable, *names):
+    """Whether the environment variable or the search path has a compiler."""
+    return variable in os.environ or any(shutil.which(name) for name in names)
+
+
+def warn_of_unseen(classes, trained_on, first_step):
+    """Names the classes without a training image. trained_on: [K] bool, of this process."""
+    trained_on = sum_over_processes(trained_on.int())
+    unseen = [name for name, seen in zip(classes, trained_on.tolist()) if not seen]
+    if unseen:
+        since = f" since step {first_step}" if first_step else ""
+        warn(f"no training image{since} showed {listing(unseen)}")
 
 
 def main(argv=None):
     """The command: see the top of this file. -> its exit code."""
-    args, device, started = parse(argv), start_process(), time.time()
-    check(args)
+    started = time.time()
+    args = parse_args(argv)
+    device = pick_device()
+    if "RANK" in os.environ:                                     # started by torchrun
+        dist.init_process_group(backend_for(device), **rendezvous())
+    validate_args(args)
+    args.amp = pick_amp(args.amp, device)
+    torch.set_float32_matmul_precision("high")                   # TF32 on GPUs that have it
+
     test_set, metrics, folder = train(args, device)
-    if rank() == 0:
-        print(table_of_classes(metrics, test_set.classes) if metrics else "stopped by a signal, and saved")
-        print(f"{datetime.timedelta(seconds=round(time.time() - started))} in all; everything is in {folder}")
+    if rank() == 0 and metrics:
+        print(table_of_classes(metrics, test_set.classes))
+        duration = datetime.timedelta(seconds=round(time.time() - started))
+        print(f"{duration} in all; everything is in {folder}")
+    elif rank() == 0:
+        print(f"stopped by a signal, and saved: continue with --output {folder} --resume")
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return 0 if metrics else STOPPED
 
 
 if __name__ == "__main__":
-    command(main)
+    run_command(main)

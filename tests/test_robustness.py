@@ -1,8 +1,8 @@
-"""A run that is killed, stopped, starved or fed nonsense: what is left, and what is said. Real processes, real signals.
+"""A run that is killed, stopped, starved or fed nonsense: what is left of it, and what it says.
 
-Most processes are forked from this one, which has imported everything already.
+Real processes, real signals. Most processes are forked from this one, which has imported everything
+already; they hold what the tests have patched.
 """
-import json
 import multiprocessing
 import os
 import signal
@@ -15,47 +15,57 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 import evaluate
-import run as keeper
 import train
 from data import Shapes, UserError
-from test_train import ROOT, TINY, few_images, log_of, signals_as_before, weights                        # noqa: F401
+from test_train import ROOT, TINY, content, equal, free_port, log_of, weights
+
+pytestmark = pytest.mark.usefixtures("short_tests", "signals_as_before")
 
 FLAGS = [*TINY, "--dropout", "0.1", "--save-every", "3"]
 
 
-def start(folder, *flags, rank=None, world_size=2, before=lambda: None, main=train.main, common=FLAGS):
-    """`train.py FLAGS --output FOLDER flags` as a process with a session of its own, `before` called in it first. With
-    a rank, one of several. What it says goes to the file that `said` reads."""
+# ------------------------------------------------------------------------------------ processes
+def start(folder, *flags, port=None, rank=0, before=lambda: None, main=train.main):
+    """`train.py FLAGS --output FOLDER flags` as a process in a session of its own.
+
+    What it says goes to the file that `said` reads. `before` is called in it first. With a port it
+    is process `rank` of two.
+    """
     def body():
         os.setsid()
-        out = os.open(f"{folder}.out", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
-        os.dup2(out, 1), os.dup2(out, 2)
-        sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
-        if rank is not None:
-            os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank),
-                               MASTER_ADDR="127.0.0.1", MASTER_PORT=str(PORT[0]))
-        torch.use_deterministic_algorithms(True)
+        output = os.open(f"{folder}.out", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.stdout = open(1, "w", buffering=1, closefd=False)
+        sys.stderr = open(2, "w", buffering=1, closefd=False)
+        if port:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         before()
-        keeper.command(partial(main, [*common, "--output", str(folder), *map(str, flags)]))
+        evaluate.run_command(partial(main, [*map(str, flags)]))
 
-    PORT[0] += rank in (None, 0)
+    if main is train.main:
+        flags = [*FLAGS, "--output", folder, *flags]
     process = multiprocessing.get_context("fork").Process(target=body)
     process.start()
     return process
 
 
-PORT = [20_000 + os.getpid() % 20_000]
+def start_two(folder, *flags, **options):
+    port = free_port()
+    return [start(folder, *flags, port=port, rank=rank, **options) for rank in range(2)]
 
 
-def ended(*processes, within=60):
-    """-> exit codes; none of the processes may take longer."""
+def ended(*processes, within=100):
+    """-> exit codes. None of the processes may take longer."""
     limit = time.time() + within
     for process in processes:
         process.join(max(0, limit - time.time()))
-    late = [process.kill() for process in processes if process.exitcode is None]
+    late = [process for process in processes if process.exitcode is None]
+    for process in late:
+        process.kill()
     assert not late
     return [process.exitcode for process in processes]
 
@@ -64,8 +74,7 @@ def said(folder):
     return Path(f"{folder}.out").read_text()
 
 
-def when(folder, text, within=60):
-    """Waits until the process has said it."""
+def wait_until_said(folder, text, within=100):
     limit = time.time() + within
     while not Path(f"{folder}.out").exists() or text not in said(folder):
         assert time.time() < limit, said(folder)
@@ -76,38 +85,75 @@ def children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def alive(pids, within):
+def still_alive(pids, within):
     """Those of the processes that are still there so many seconds later."""
     limit = time.time() + within
     while pids and time.time() < limit:
-        pids = [pid for pid in pids if Path(f"/proc/{pid}").exists() and
-                "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]]
+        pids = [pid for pid in pids if is_alive(pid)]
         time.sleep(0.1)
     return pids
+
+
+def is_alive(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"                                          # ended, not yet waited for
+
+
+def slow_steps():
+    step = train.training_step
+
+    def slow_step(*args):
+        time.sleep(0.2)
+        return step(*args)
+
+    train.training_step = slow_step
+
+
+def slow_tests():
+    predict = evaluate.predict
+
+    def slow_predict(*args, **options):
+        time.sleep(0.5)
+        return predict(*args, **options)
+
+    evaluate.predict = slow_predict
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run of 9 steps that nothing disturbs."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    assert ended(start(folder, "--steps", 9, before=lambda: train.DATASETS.update(shapes=partial(Shapes, length=4)))) == [0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train.DATASETS, "shapes", few_shapes(3))
+        assert ended(start(folder, "--steps", 9)) == [0]
     return folder
 
 
-def same(a, b):
-    """Whether two runs have the same weights, to the bit, and the same history."""
-    one, other = weights(a / "last.pt"), weights(b / "last.pt")
-    history = [[(row["step"], row.get("loss"), row.get("PQ")) for row in log_of(folder)] for folder in (a, b)]
-    return all(torch.equal(one[name], other[name]) for name in one) and history[0] == history[1]
+def few_shapes(number):
+    def shapes(root, split, **options):
+        return Shapes(root, split, length=number if split == "val" else None, **options)
+    return shapes
+
+
+def assert_same(run, other):
+    """Two runs have the same weights, to the bit, and the same history."""
+    assert equal(weights(run / "last.pt"), weights(other / "last.pt"))
+    histories = [[(row["step"], row.get("loss"), row.get("PQ")) for row in log_of(folder)]
+                 for folder in (run, other)]
+    assert histories[0] == histories[1]
 
 
 def step_of(folder):
-    return torch.load(folder / "last.pt", weights_only=True)["step"]
+    return content(folder / "last.pt")["step"]
 
 
-# ---------------------------------------------------------------------------------------- killed
+# ------------------------------------------------------------------------------------ killed
 def kill_itself_halfway_through_the_second_checkpoint():
-    saves, save = [], torch.save
+    save = torch.save
+    saves = []
 
     def dying_save(state, file):
         saves.append(state["step"])
@@ -116,67 +162,65 @@ def kill_itself_halfway_through_the_second_checkpoint():
             file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
         save(state, file)
+
     torch.save = dying_save
 
 
-def test_kill_9_while_a_checkpoint_is_written_costs_no_more_than_the_steps_since_the_last(tmp_path, whole):
+def test_kill_9_while_a_checkpoint_is_written_costs_no_more_than_the_steps_since_the_last(
+        tmp_path, whole):
     folder = tmp_path / "run"
-    assert ended(start(folder, "--steps", 9, before=kill_itself_halfway_through_the_second_checkpoint)) == [-9]
-    assert (folder / "last.part").exists() and step_of(folder) == 3 and len(log_of(folder)) == 6
-    with open(folder / "log.jsonl", "a") as log:
-        log.write('{"step": 7, "lo')                                     # a kill may cut this line
+    before = kill_itself_halfway_through_the_second_checkpoint
+    assert ended(start(folder, "--steps", 9, before=before)) == [-9]
+    assert (folder / "last.part").exists()
+    assert step_of(folder) == 3
+    assert len(log_of(folder)) == 6
+
     assert ended(start(folder, "--steps", 9, "--resume")) == [0]
-    assert same(folder, whole) and not list(folder.glob("*.part"))
-
-
-@pytest.mark.parametrize("number, workers, whom", [
-    (signal.SIGTERM, 0, os.kill), (signal.SIGUSR1, 2, os.kill), (signal.SIGTERM, 2, os.killpg)],
-    ids=["SIGTERM", "SIGUSR1", "SIGTERM to loader workers, too"])
-def test_a_signal_ends_a_run_after_its_next_step_saved_and_a_resumed_run_is_the_whole_run(tmp_path, whole, number,
-                                                                                            workers, whom):
-    folder = tmp_path / "run"
-    process = start(folder, "--steps", 9, "--workers", workers, before=slow_steps)
-    when(folder, "step 4/9")
-    loaders = children(process.pid)
-    whom(process.pid, number)                                            # the process, or its loader workers, too
-    assert ended(process, within=20) == [keeper.STOPPED] and 4 < step_of(folder) < 9
-    assert len(loaders) >= workers and alive(loaders, within=5) == []
-    assert ended(start(folder, "--steps", 9, "--workers", 2 - workers, "--resume")) == [0]
-    assert same(folder, whole)
-
-
-def slow_steps():
-    step = train.training_step
-    train.training_step = lambda *args: (time.sleep(0.3), step(*args))[1]
+    assert_same(folder, whole)
+    assert not list(folder.glob("*.part"))
 
 
 def test_loader_workers_go_when_their_run_is_killed(tmp_path):
     process = start(tmp_path / "run", "--steps", 900, "--workers", 2)
-    when(tmp_path / "run", "step 2/")
+    wait_until_said(tmp_path / "run", "step 2/")
     loaders = children(process.pid)
     process.kill()
-    assert len(loaders) >= 2 and alive(loaders, within=20) == []
+    assert len(loaders) >= 2
+    assert still_alive(loaders, within=20) == []
 
 
-def test_signals_stay_blocked_for_workers_that_are_spawned():
-    code = ("import run, signal; from multiprocessing import resource_tracker; run.hear_signals(); "
-            "resource_tracker.ensure_running(); print(run.STOP_SIGNALS <= signal.pthread_sigmask(signal.SIG_BLOCK, []))")
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert result.stdout == "True\n", result.stderr
-
-
-def test_two_processes_stop_at_the_same_step_and_one_goes_on_with_their_samples_and_rates(tmp_path):
+# ------------------------------------------------------------------------------------ stopped
+@pytest.mark.parametrize("number, workers, send", [
+    pytest.param(signal.SIGTERM, 0, os.kill, id="SIGTERM"),
+    pytest.param(signal.SIGUSR1, 2, os.kill, id="SIGUSR1"),
+    pytest.param(signal.SIGTERM, 2, os.killpg, id="SIGTERM to loader workers, too"),
+])
+def test_a_signal_ends_a_run_after_its_step_saved_and_resumed_it_is_the_whole_run(
+        tmp_path, whole, number, workers, send):
     folder = tmp_path / "run"
-    pair = [start(folder, "--steps", 12, rank=rank, before=slow_steps) for rank in range(2)]
-    when(folder, "step 4/12")
-    os.kill(pair[1].pid, signal.SIGTERM)                                 # one of them
-    assert ended(*pair, within=30) == [keeper.STOPPED] * 2
-    first, seen = step_of(folder), tmp_path / "samples"
-    assert ended(start(folder, "--steps", 12, "--resume", before=partial(note_samples, seen))) == [0]
-    assert [int(n) for n in seen.read_text().split()] == list(range(4 * first, 4 * 12))
-    rows, args = [row for row in log_of(folder) if "lr" in row], train.parse([*FLAGS, "--steps", "12"])
-    assert [row["step"] for row in rows] == list(range(1, 13))
-    assert [row["lr"] for row in rows] == [args.lr * train.lr_factor(step, args) for step in range(12)]
+    process = start(folder, "--steps", 9, "--workers", workers, before=slow_steps)
+    wait_until_said(folder, "step 4/9")
+    loaders = children(process.pid)
+    send(process.pid, number)
+    assert ended(process, within=30) == [train.STOPPED]
+    assert 4 < step_of(folder) < 9
+    assert f"continue with --output {folder} --resume" in said(folder)
+    assert len(loaders) >= workers
+    assert still_alive(loaders, within=5) == []
+
+    assert ended(start(folder, "--steps", 9, "--workers", 2 - workers, "--resume")) == [0]
+    assert_same(folder, whole)
+
+
+def test_a_signal_during_a_test_spares_its_loader_workers(tmp_path):
+    folder = tmp_path / "run"
+    process = start(folder, "--steps", 9, "--eval-every", 4, "--workers", 1, before=slow_tests)
+    wait_until_said(folder, "step 4/9")
+    time.sleep(0.5)                                              # now three images are tested
+    os.killpg(process.pid, signal.SIGTERM)
+    assert ended(process, within=30) == [train.STOPPED]
+    assert step_of(folder) == 5
+    assert "held-out" in said(folder)
 
 
 def note_samples(path):
@@ -186,109 +230,139 @@ def note_samples(path):
         with open(path, "a") as file:
             file.write(f"{n}\n")
         return read(self, n)
+
     train.TrainingSamples.__getitem__ = noting_read
 
 
-def test_torchrun_restarts_a_job_of_which_one_process_was_killed(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1",
-               "--master-port", str(PORT[0] + 500), str(ROOT / "train.py"), *FLAGS, "--steps", "30",
-               "--output", str(tmp_path), "--resume"]
-    with open(tmp_path / "out", "w") as out:
-        job = subprocess.Popen(command, stdout=out, stderr=out)
-    limit = time.time() + 100
-    while not (tmp_path / "last.pt").exists():
-        assert time.time() < limit and job.poll() is None, (tmp_path / "out").read_text()
-        time.sleep(0.02)
-    os.kill(children(job.pid)[1], signal.SIGKILL)
-    assert job.wait(100) == 0, (tmp_path / "out").read_text()
-    rows = [row["step"] for row in log_of(tmp_path) if "loss" in row]
-    assert rows == list(range(1, 31)) and step_of(tmp_path) == 30
-
-
-def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path):
-    assert ended(start(tmp_path / "run", "--steps", 3)) == [0]
-    (tmp_path / "run" / "last.part").symlink_to("/dev/full")             # every write: no space left on device
-    assert ended(start(tmp_path / "run", "--steps", 6, "--resume")) == [2]
-    last_line = said(tmp_path / "run").splitlines()[-1]
-    assert last_line.startswith("error: ") and "No space left" in last_line and "last.pt" in last_line
-    assert step_of(tmp_path / "run") == 3 and not list((tmp_path / "run").glob("*.part"))
-
-
-# ---------------------------------------------------------------------------------------- no hang
-def broken_image(rank, broken_rank, kind):
-    def read(self, index):
-        if rank == broken_rank and index % 3 == 0:
-            raise kind("photo.jpg is broken: replace it")
-        return whole_read(self, index)
-    whole_read, Shapes.__getitem__ = Shapes.__getitem__, read
-
-
-@pytest.mark.parametrize("broken_rank, kind, code, message", [
-    (1, UserError, 2, "error: photo.jpg is broken: replace it"), (0, OSError, 2, "error: OSError: photo.jpg is broken"),
-    (1, RuntimeError, 1, "RuntimeError: photo.jpg is broken: replace it")])
-def test_an_error_in_one_of_two_processes_ends_both_and_is_told_once(tmp_path, broken_rank, kind, code, message):
+def test_two_processes_stop_at_one_step_and_one_goes_on_with_their_samples_and_rates(tmp_path):
     folder = tmp_path / "run"
-    pair = [start(folder, "--steps", 40, "--workers", 1, rank=rank, before=partial(broken_image, rank, broken_rank, kind))
-            for rank in range(2)]
-    codes = ended(*pair)
-    assert codes[broken_rank] == code and codes[1 - broken_rank] == 1
-    assert said(folder).count(message) == 1 and said(folder).count("Traceback") == (0 if code == 2 else 2)
+    pair = start_two(folder, "--steps", 12, "--workers", 1, before=slow_steps)
+    wait_until_said(folder, "step 4/12")
+    os.kill(pair[1].pid, signal.SIGTERM)                         # one of them
+    assert ended(*pair, within=30) == [train.STOPPED] * 2
+
+    first = step_of(folder)
+    samples = tmp_path / "samples"
+    process = start(folder, "--steps", 12, "--resume", "--workers", 0,
+                    before=partial(note_samples, samples))
+    assert ended(process) == [0]
+    assert [int(n) for n in samples.read_text().split()] == list(range(4 * first, 4 * 12))
+    rows = [row for row in log_of(folder) if "lr" in row]
+    args = train.parse_args([*FLAGS, "--steps", "12"])
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert [row["lr"] for row in rows] == [args.lr * train.lr_factor(step, args)
+                                           for step in range(12)]
+
+
+def test_torchrun_restarts_a_job_of_which_one_process_was_killed(tmp_path):
+    flags = ["--steps", "20", "--resume"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+               "--max-restarts", "1", "--master-port", str(free_port()), str(ROOT / "train.py"),
+               *FLAGS, "--output", str(tmp_path / "job"), *flags]
+    with open(tmp_path / "job.out", "w") as output:
+        job = subprocess.Popen(command, stdout=output, stderr=output)
+    try:
+        limit = time.time() + 100
+        while not (tmp_path / "job" / "last.pt").exists():
+            assert time.time() < limit and job.poll() is None, said(tmp_path / "job")
+            time.sleep(0.02)
+        os.kill(children(job.pid)[1], signal.SIGKILL)
+        assert job.wait(100) == 0, said(tmp_path / "job")
+    finally:
+        job.terminate()                                          # ends its processes, too
+
+    rows = [row["step"] for row in log_of(tmp_path / "job") if "loss" in row]
+    assert rows == list(range(1, 21))
+    assert "mIoU" in log_of(tmp_path / "job")[-1]
+    assert ended(*start_two(tmp_path / "calm", *flags)) == [0, 0]
+    assert equal(weights(tmp_path / "job" / "last.pt"), weights(tmp_path / "calm" / "last.pt"))
+
+
+# ------------------------------------------------------------------------------------ errors
+def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path):
+    folder = tmp_path / "run"
+    assert ended(start(folder, "--steps", 3)) == [0]
+    (folder / "last.part").symlink_to("/dev/full")               # every write: no space left
+    assert ended(start(folder, "--steps", 6, "--resume")) == [2]
+    last_line = said(folder).splitlines()[-1]
+    assert last_line.startswith(f"error: {folder / 'last.pt'} cannot be written")
+    assert "No space left" in last_line
+    assert step_of(folder) == 3
+    assert not list(folder.glob("*.part"))
+
+
+def broken_image(error, broken_rank=0):
+    """From now on some images of process `broken_rank` cannot be read."""
+    read = Shapes.__getitem__
+
+    def broken_read(self, index):
+        if int(os.environ.get("RANK", 0)) == broken_rank and index % 7 == 0:
+            raise error("photo.jpg is broken: replace it")
+        return read(self, index)
+
+    Shapes.__getitem__ = broken_read
+
+
+def broken_step(error):
+    """The third step fails."""
+    step = train.training_step
+
+    def third_time_broken(number, *args):
+        if number == 2:
+            raise error("the step is broken")
+        return step(number, *args)
+
+    train.training_step = third_time_broken
+
+
+@pytest.mark.parametrize("breaking, error, code, told", [
+    (broken_image, UserError, 2, "\nerror: photo.jpg is broken: replace it\n"),
+    (broken_image, RuntimeError, 1, "\nRuntimeError: photo.jpg is broken: replace it\n"),
+    (broken_step, UserError, 2, "\nerror: the step is broken\n"),
+    (broken_step, ZeroDivisionError, 1, "\nZeroDivisionError: the step is broken\n"),
+    (broken_step, KeyboardInterrupt, 130, "\ninterrupted\n"),
+], ids=["file", "bug in a worker", "mistake", "bug", "Ctrl-C"])
+def test_an_error_ends_a_run_and_its_loader_workers_within_seconds(
+        tmp_path, breaking, error, code, told):
+    folder = tmp_path / "run"
+    process = start(folder, "--steps", 40, "--workers", 2, before=partial(breaking, error))
+    wait_until_said(folder, told)
+    assert ended(process, within=15) == [code]
+    assert ("Traceback" in said(folder)) == (code == 1)
+    with pytest.raises(ProcessLookupError):                      # nothing is left of its session
+        os.killpg(process.pid, 0)
+
+
+@pytest.mark.parametrize("error, code, message", [
+    (UserError, 2, "error: photo.jpg is broken: replace it\n"),
+    (RuntimeError, 1, "RuntimeError: photo.jpg is broken: replace it\n"),
+])
+def test_an_error_in_one_of_two_processes_ends_both(tmp_path, error, code, message):
+    folder = tmp_path / "run"
+    pair = start_two(folder, "--steps", 40, "--workers", 1,
+                     before=partial(broken_image, error, broken_rank=1))
+    assert ended(*pair) == [1, code]
+    assert said(folder).count(message) == 1
 
 
 @pytest.mark.parametrize("images", [1, 3])
-def test_two_processes_share_images_that_they_cannot_share_evenly(tmp_path, whole, images):
-    few = partial(train.DATASETS.update, shapes=partial(Shapes, length=images))
-    flags = dict(main=evaluate.main, common=["--checkpoint", str(whole / "last.pt"), "--workers", "1"], before=few)
-    flags["main"] = lambda argv: evaluate.main([flag for flag in argv if flag != "--output"][:-1])
-    assert ended(start(tmp_path / "one", **flags)) == [0]
-    assert ended(*(start(tmp_path / "two", rank=rank, **flags) for rank in range(2))) == [0, 0]
-    assert said(tmp_path / "one") == said(tmp_path / "two") != ""
+def test_two_processes_share_images_that_they_cannot_share_evenly(
+        tmp_path, monkeypatch, whole, images):
+    monkeypatch.setitem(train.DATASETS, "shapes", few_shapes(images))
+    flags = ["--checkpoint", whole / "last.pt", "--workers", 1]
+    assert ended(start(tmp_path / "one", *flags, main=evaluate.main)) == [0]
+    assert ended(*start_two(tmp_path / "two", *flags, main=evaluate.main)) == [0, 0]
+    assert said(tmp_path / "one") == said(tmp_path / "two")
+    assert "mIoU" in said(tmp_path / "one")
 
 
-# ---------------------------------------------------------------------------------------- numbers and messages
-def test_a_step_that_float16_skips_leaves_a_log_of_plain_numbers(tmp_path, monkeypatch):
-    norms, clip = iter([torch.inf, 1., 1.]), nn.utils.clip_grad_norm_
-    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *args: clip(*args).fill_(next(norms)))
-    train.main([*FLAGS, "--steps", "3", "--amp", "fp16", "--output", str(tmp_path)])
-    rows = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert ["grad_norm" in row for row in rows[:3]] == [False, True, True]
-
-
-@pytest.mark.parametrize("error, code, told", [
-    (UserError("photo.jpg is grey:\n paint it"), 2, "error: photo.jpg is grey: paint it\n"),
-    (FileNotFoundError(2, "No such file", "a.png"), 2, "error: [Errno 2] No such file: 'a.png'\n"),
-    (torch.OutOfMemoryError("CUDA out of memory."), 2, "error: CUDA out of memory.\n"),
-    (KeyboardInterrupt(), 130, "interrupted\n")])
-def test_what_the_user_can_mend_is_told_in_one_line(capsys, monkeypatch, error, code, told):
-    def main():
-        raise error
-    monkeypatch.setattr(os, "_exit", sys.exit)
-    with pytest.raises(SystemExit) as ending:
-        keeper.command(main)
-    assert ending.value.code == code and capsys.readouterr().err == told
-
-
-def test_a_bug_keeps_its_traceback(capsys, monkeypatch):
-    monkeypatch.setattr(os, "_exit", sys.exit)
-    with pytest.raises(SystemExit) as ending:
-        keeper.command(lambda: {}["missing"])
-    told = capsys.readouterr().err
-    assert ending.value.code == 1 and told.startswith("Traceback") and "KeyError: 'missing'" in told
-
-
-def test_the_script_tells_a_bad_flag_in_one_line():
-    result = subprocess.run([sys.executable, ROOT / "train.py", "--workers", "-1"], capture_output=True, text=True)
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "error: argument --workers: -1 is not 0 or more; --help shows all flags\n"
-
-
-def test_a_port_that_is_taken_is_told(tmp_path):
+def test_a_port_that_is_taken_is_told_and_nothing_is_written(tmp_path):
+    folder = tmp_path / "run"
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        port = str(other.getsockname()[1])
-        place = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        run = subprocess.run([sys.executable, "train.py", "--output", tmp_path / "run"], cwd=ROOT,
-                             env=os.environ | place, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 2 and port in run.stderr.splitlines()[-1] and "in use" in run.stderr.splitlines()[-1]
-    assert not (tmp_path / "run").exists()
+        port = other.getsockname()[1]
+        code, = ended(start(folder, port=port))
+    assert code != 0
+    assert "in use" in said(folder) and str(port) in said(folder)
+    assert not folder.exists()
