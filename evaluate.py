@@ -237,7 +237,7 @@ def network_output(model, image, size, flip=False, amp="off"):
     x = resize(image.to(device), [height, width], antialias=True)
     if flip:
         x = x.flip(-1)
-    canvas = mean.expand(3, padded_height, padded_width).clone()     # zeros after normalisation
+    canvas = mean.expand(3, padded_height, padded_width).clone()     # zeros after normalization
     canvas[:, :height, :width] = x
     with torch.autocast(device.type, AMP[amp], enabled=amp != "off"):
         output = model(canvas[None])
@@ -294,6 +294,8 @@ def predict(model, image, is_thing, test_short_side, test_max_long_side, object_
     size = fit(original, test_short_side, test_max_long_side)
     output = network_output(model, image, size, amp=amp)
     class_logits, mask_logits = output
+    if inference == "panoptic" and class_logits is None:
+        raise UserError("inference panoptic: the per-pixel baselines predict no segments")
 
     segment_map, segments = None, None
     if (panoptic or inference == "panoptic") and class_logits is not None:
@@ -607,8 +609,8 @@ def draw_predictions(model, dataset, path, **options):
     rows = []
     for i in evenly_spread(dataset, 4):
         image, segment_map, class_of, crowd, name = dataset[i]
-        truth = [{"id": i, "category_id": k, "isthing": dataset.is_thing[k]}
-                 for i, k in class_of.items()]
+        truth = [{"id": id_, "category_id": k, "isthing": dataset.is_thing[k]}
+                 for id_, k in class_of.items()]
         label, predicted, segments = predict(model, image, dataset.is_thing, **options)
         regions, region_list = class_regions(label, void_label(len(classes)))
         row = [overlay(image, segment_map, [], classes, name, box),
@@ -651,8 +653,10 @@ def outputs_of_layers(model, image, size):
     """-> for each decoder layer class_logits [Q, K+1] and mask_logits [Q, h, w] of an image."""
     x = resize(image.to(model.backbone.mean.device), size, antialias=True)
     model.training = True                # the model alone, not its parts: all layers, no dropout
-    class_logits, mask_logits = model(x[None])
-    model.training = False
+    try:
+        class_logits, mask_logits = model(x[None])
+    finally:
+        model.training = False
     return zip(class_logits[:, 0], mask_logits[:, 0])
 
 
@@ -697,7 +701,7 @@ def load(source):
     try:
         model = build_model(info["config"])
         model.load_state_dict(info.pop("model"))
-    except (RuntimeError, ValueError) as error:
+    except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"{source} does not hold the model that it describes: {error}") from error
     return model.eval(), info
 

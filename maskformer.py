@@ -26,7 +26,7 @@ class Backbone(nn.Module):
     """A timm backbone: images [B, 3, H, W] -> four maps, at strides 4, 8, 16 and 32.
 
     name: any timm model whose `features_only` maps include strides 4, 8, 16 and 32
-    freeze_bn: batch norms keep their statistics and weights (Sec. 4.1); None: if `pretrained`
+    freeze_bn: keep statistics and weights of batch norms (Sec. 4.1); None: as `pretrained`
     """
 
     def __init__(self, name, pretrained=True, freeze_bn=None):
@@ -41,7 +41,8 @@ class Backbone(nn.Module):
 
         # Swin's maps are channels-last, and each gets a norm of its own.
         self.channels_last = getattr(self.body, "output_fmt", "NCHW") == "NHWC"
-        self.norms = nn.ModuleList(nn.LayerNorm(c) for c in self.channels if self.channels_last)
+        normed = self.channels if self.channels_last else []
+        self.norms = nn.ModuleList(nn.LayerNorm(c) for c in normed)
 
         self.freeze_bn = pretrained if freeze_bn is None else freeze_bn
         if self.freeze_bn:
@@ -60,7 +61,7 @@ class Backbone(nn.Module):
         features = [features[i] for i in self.kept]
         if self.channels_last:
             features = [norm(x).permute(0, 3, 1, 2) for norm, x in zip(self.norms, features)]
-            features = [x.contiguous() for x in features]            # a step a fifth shorter (CPU)
+            features = [x.contiguous() for x in features]            # a fifth less time (CPU step)
         return features                                              # [B, C, H/stride, W/stride]
 
     def train(self, mode=True):
@@ -97,7 +98,8 @@ def create_body(name, pretrained):
     if name == "resnet101c":
         # NOTE 1: the released R101c has a wider stem than timm's and a dilated last stage.
         if pretrained:
-            raise ValueError("timm has no weights for it: use --no-pretrained, or --init WEIGHTS")
+            raise ValueError("timm has no weights for it: use --init or --init-backbone WEIGHTS, "
+                             "or --no-pretrained")
         body = timm.create_model(name, features_only=True, stem_width=64)
         for block, dilation in zip(body.layer4, (1, 2, 4)):
             block.conv2.dilation = block.conv2.padding = (dilation, dilation)
@@ -157,17 +159,17 @@ def init_conv(module):
 
 
 # ------------------------------------------------------------------------------------ transformer
-def sine_position(h, w, dim, device=None, temperature=10000):
-    """-> [h w, dim]: half of the channels for y, half for x, sines and cosines in turn."""
+def sine_position(height, width, dim, device=None, temperature=10000):
+    """-> [height width, dim]: half of the channels for y, half for x, sines and cosines in turn."""
     frequency = temperature ** -(torch.arange(0, dim // 2, 2, device=device) / (dim // 2))
 
-    def encode(n):                                                   # 1..n -> [n, dim/2]
-        coordinate = torch.arange(1, n + 1, device=device) / (n + 1e-6) * 2 * torch.pi
-        angle = coordinate[:, None] * frequency                      # [n, dim/4]
+    def encode_axis(length):                                         # -> [length, dim/2]
+        coordinate = torch.arange(1, length + 1, device=device) / (length + 1e-6) * 2 * torch.pi
+        angle = coordinate[:, None] * frequency                      # [length, dim/4]
         return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
 
-    y = encode(h)[:, None].expand(-1, w, -1)                         # [h, w, dim/2]
-    x = encode(w)[None, :].expand(h, -1, -1)
+    y = encode_axis(height)[:, None].expand(-1, width, -1)           # [height, width, dim/2]
+    x = encode_axis(width)[None, :].expand(height, -1, -1)
     return torch.cat([y, x], -1).flatten(0, 1)
 
 
@@ -242,7 +244,7 @@ class MaskFormer(nn.Module):
         pixel_embed = self.pixel_decoder(features)                   # [B, D, h, w]
         segment_embed = self.decode(memory, memory_pos)              # [L, B, Q, D]
 
-        with torch.autocast(images.device.type, enabled=False):      # full precision for logits
+        with torch.autocast(images.device.type, enabled=False):      # float32 logits, always
             class_logits = self.to_class(segment_embed)              # [L, B, Q, K+1]
             mask_embed = self.to_mask(segment_embed)                 # [L, B, Q, D]
             pixel_embed = pixel_embed.to(mask_embed.dtype)
@@ -250,14 +252,18 @@ class MaskFormer(nn.Module):
         return class_logits.float(), mask_logits.float()
 
     def encode(self, features):
-        """Four maps -> features for the pixel decoder; memory [B, HW/32², D] and its positions."""
+        """Four maps -> maps for the pixel decoder, memory [B, HW/32², D], and its positions.
+
+        The coarsest map becomes the memory; a transformer encoder, if any, refines it, and its
+        output replaces that map.
+        """
         x = self.project(features[-1])                               # [B, D, H/32, W/32]
         memory = x.flatten(2).transpose(1, 2)                        # [B, HW/32², D]
         memory_pos = sine_position(*x.shape[-2:], x.shape[1], x.device)  # [HW/32², D]
         memory_pos = memory_pos.to(self.query_pos.weight.dtype)
         for layer in self.encoder.layers:
             memory = layer(memory, memory_pos)
-        if len(self.encoder.layers) > 0:                             # the FPN, too, starts from it
+        if len(self.encoder.layers) > 0:
             encoded = memory.transpose(1, 2).reshape(x.shape)
             features = [*features[:-1], encoded]
         return features, memory, memory_pos
@@ -298,7 +304,7 @@ class PerPixelBaseline(nn.Module):
 class PerPixelBaselinePlus(MaskFormer):
     """Sec. 4, PerPixelBaseline+: MaskFormer without its class head; query k's mask scores class k.
 
-    Takes MaskFormer's arguments but `num_queries`, which is K.
+    Takes all arguments of MaskFormer except `num_queries`, which is K.
     """
 
     def __init__(self, num_classes, backbone="resnet50", pretrained=True, size_divisibility=0,
@@ -353,7 +359,7 @@ def panoptic_inference(class_logits, mask_logits, is_thing, object_threshold=0.8
     """Sec. 3.4, "general inference": every pixel goes to the query with the best p_i(c_i) m_i.
 
     class_logits [Q, K+1], mask_logits [Q, H, W] of one image, is_thing [K] bool
-    object_threshold: a query takes part if its class probability is above it
+    object_threshold: a query takes part if its likeliest label is a class, more probable than this
     overlap_threshold: a segment survives if it keeps at least this share of its mask
     size: (H, W) to which the masks of the queries that take part are resized first
 
@@ -405,8 +411,8 @@ def instance_inference(class_logits, mask_logits, is_thing, top_k=100):
     things = torch.as_tensor(is_thing, device=class_logits.device).nonzero().flatten()
     prob = class_logits.softmax(-1)[:, things]                       # [Q, number of things]
     class_score, pair = prob.flatten().topk(min(top_k, prob.numel()))
-    query = pair // max(1, len(things))
-    label = things[pair % max(1, len(things))]
+    columns = max(1, len(things))                                    # without things, pair is empty
+    query, label = pair // columns, things[pair % columns]
 
     masks = mask_logits[query] > 0                                   # [n, H, W]
     area = masks.flatten(1).sum(1)

@@ -19,13 +19,14 @@ def matching_cost(class_logits, mask_logits, labels, masks, owner,
                   class_weight=1., focal_weight=20., dice_weight=1.):
     """The cost of every query for every segment, in every layer: [N, L, Q].
 
-    Computed for all images at once, [L, B, Q, N], in three matrix products; of these, each segment
-    keeps the costs of its own image.
+    Computed for all images at once, [L, B, Q, N], in three matrix products; then each segment keeps
+    only the costs in its own image.
     """
     class_prob = class_logits.float().softmax(-1)[..., :-1]          # without "no object"
     class_cost = -class_prob[..., labels]                            # [L, B, Q, N]
 
-    # NOTE 4: matching compares masks at the predicted size, the loss at the size of the image.
+    # NOTE 4: as in the released code, matching compares masks at the predicted size, and the loss
+    # at the size of the image; the paper does not say.
     small_masks = F.interpolate(masks[:, None].float(), size=mask_logits.shape[-2:], mode="nearest")
     truth = small_masks.flatten(1)                                   # [N, P]
     mask_logits = mask_logits.float().flatten(3)                     # [L, B, Q, P]
@@ -36,44 +37,44 @@ def matching_cost(class_logits, mask_logits, labels, masks, owner,
                 + dice_weight * pairwise_dice(mask_logits, truth))   # [L, B, Q, N]
 
     segment = torch.arange(len(labels), device=cost.device)
-    return cost[:, owner, :, segment]                                # [N, L, Q]
+    return cost[:, owner, :, segment]                                # [N, L, Q]: indexed axes first
 
 
-def pairwise_focal(mask_logits, masks, alpha=0.25, gamma=2):
+def pairwise_focal(mask_logits, truth, alpha=0.25, gamma=2):
     """Mean focal loss between every query and segment: [..., Q, P], [N, P] -> [..., Q, N]."""
     prob = mask_logits.sigmoid()
     pos = alpha * (1 - prob) ** gamma * F.softplus(-mask_logits)     # cost of a pixel inside
     neg = (1 - alpha) * prob ** gamma * F.softplus(mask_logits)      # and of one outside
-    return (pos @ masks.T + neg @ (1 - masks).T) / masks.shape[1]
+    return (pos @ truth.T + neg @ (1 - truth).T) / truth.shape[1]
 
 
-def pairwise_dice(mask_logits, masks):
+def pairwise_dice(mask_logits, truth):
     """Dice loss between every query and segment: [..., Q, P], [N, P] -> [..., Q, N]."""
     prob = mask_logits.sigmoid()
-    area = prob.sum(-1, keepdim=True) + masks.sum(-1)
-    return 1 - (2 * prob @ masks.T + 1) / (area + 1)                 # + 1: finite for empty masks
+    area = prob.sum(-1, keepdim=True) + truth.sum(-1)
+    return 1 - (2 * (prob @ truth.T) + 1) / (area + 1)               # + 1: finite for empty masks
 
 
 @torch.no_grad()
 def hungarian_match(class_logits, mask_logits, labels, masks, owner,
                     class_weight=1., focal_weight=20., dice_weight=1.,
-                    matching_cost=matching_cost):
+                    cost_function=matching_cost):
     """The cheapest assignment of segments to queries, for each layer and each image on its own.
 
     class_logits [L, B, Q, K+1], mask_logits [L, B, Q, h, w]
     labels [N] in [0, K), masks [N, H, W] bool
     owner [N]: the image of each segment, such as [0, 0, 1]; best on the CPU, which saves a copy
-    matching_cost: the function above, or a compiled one
+    cost_function: the function above, or its compiled form
 
     -> layer, image, query, segment, each [M] int64, on the device of the logits.
 
     An image with more segments than queries gets Q pairs, the cheapest in sum, and a warning.
     Raises FloatingPointError if a cost is not finite, IndexError (on a GPU CUDA's device-side
-    assertion) if a label is not below K.
+    assertion) if a label is not below K; negative ones are not noticed here.
     """
     L, B, Q = class_logits.shape[:3]
     device = class_logits.device
-    cost = matching_cost(class_logits, mask_logits, labels.long(), masks,
+    cost = cost_function(class_logits, mask_logits, labels.long(), masks,
                          owner.to(device, non_blocking=True),
                          class_weight, focal_weight, dice_weight)    # [N, L, Q]
     cost = cost.cpu()                                                # the one copy
@@ -81,8 +82,9 @@ def hungarian_match(class_logits, mask_logits, labels, masks, owner,
         raise FloatingPointError("a matching cost is not finite")
 
     pairs = []
+    owner = owner.cpu()
     for b in range(B):
-        segments = (owner.cpu() == b).nonzero().squeeze(1)           # those of this image
+        segments = (owner == b).nonzero().squeeze(1)                 # those of this image
         if len(segments) > Q:
             warnings.warn(f"image {b} of the batch has {len(segments)} segments but {Q} queries")
         for l in range(L):

@@ -1,15 +1,17 @@
-"""How it learns: one script (MaskFormer, Sec. 4.2 and appendix A).
+"""How it learns: recipes, flags, step, loop, checkpoints (MaskFormer, Sec. 4.2, appendix A).
 
     python train.py                                              # drawn shapes, minutes on a CPU
     torchrun --nproc-per-node 8 train.py --dataset ade20k        # the paper's recipe is the default
 
 Letters   B images · L decoder layers · Q queries · K classes · N ground-truth segments in the batch
+          H W image size · h w = H/4 W/4
 """
 import argparse
 import contextlib
 import datetime
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -17,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -46,7 +49,8 @@ def row(crop, side, sizes, test_max_long_side, batch_size, steps, **more):
     """A line of appendix A's table; sizes in pixels.
 
     In training the short side becomes one of int(0.1 k side) for k in `sizes`, the long side at
-    most 4 side, and `crop` (H, W) is cut out. In a test the short side becomes `side`.
+    most 4 * side, and `crop` (H, W) is cut out. In a test the short side becomes `side`, the long
+    side at most `test_max_long_side`.
     """
     return {"crop": crop,
             "short_side": [int(0.1 * k * side) for k in sizes],
@@ -60,7 +64,7 @@ def row(crop, side, sizes, test_max_long_side, batch_size, steps, **more):
 HALF_TO_1_5 = range(5, 16)
 HALF_TO_2 = range(5, 21)
 RECIPES = {
-    # The paper's:        crop          side  sizes        test   batch  steps
+    # The paper's:        crop          side  sizes     long test  batch  steps
     "ade20k":          row((512, 512),   512, HALF_TO_2,   2048,  16,    160_000),
     "ade20k-full":     row((512, 512),   512, HALF_TO_2,   2048,  16,    200_000),
     "coco-stuff-10k":  row((640, 640),   640, HALF_TO_1_5, 2560,  32,     60_000,
@@ -105,17 +109,19 @@ def recipe(dataset, backbone="resnet50"):
 def parse_args(argv=None):
     """The command line -> all settings of a run.
 
-    The paper's values are the defaults; a recipe comes before them, the flags of a resumed run come
-    before the recipe, and the command line comes first.
+    Each of these overrides the one before: the paper's values, the recipe of the dataset, the flags
+    of a resumed run, the command line.
     """
     switch = argparse.BooleanOptionalAction
 
-    # These four decide about the defaults of all others.
+    # These four determine the defaults of all other flags.
     first = ArgumentParser(add_help=False, allow_abbrev=False)
     add = first.add_argument
-    add("--dataset", default="shapes", choices=DATASETS, help="the dataset, and with it the recipe")
+    add("--dataset", default="shapes", choices=DATASETS,
+        help="the dataset, and with it the recipe (default: %(default)s)")
     add("--backbone", default="resnet50",
-        help="any timm model with feature maps at strides 4, 8, 16 and 32")
+        help="any timm model with feature maps at strides 4, 8, 16 and 32 (default: %(default)s; "
+             "shapes: resnet10t)")
     add("--output", metavar="DIR",
         help="folder of the run (default: the next free one of runs/DATASET-001, -002, ...)")
     add("--resume", action="store_true",
@@ -163,7 +169,8 @@ def parse_args(argv=None):
     add("--init-backbone", metavar="WEIGHTS",
         help="start the backbone alone from the one in a checkpoint")
     add("--queries", type=positive_int, default=100, metavar="Q",
-        help="number of queries (default: %(default)s; Sec. 4.1: 100)")
+        help="number of queries (default: %(default)s; Sec. 4.1: 100); per-pixel-plus has one for "
+             "each class")
     add("--dim", type=positive_int, default=256, metavar="D",
         help="channels of all embeddings (default: %(default)s; Sec. 4.1: 256)")
     add("--decoder-layers", type=positive_int, default=6, metavar="L",
@@ -178,8 +185,8 @@ def parse_args(argv=None):
     add("--dropout", type=fraction, default=0.1, metavar="P",
         help="dropout in the transformer (default: %(default)s)")
     add("--size-divisibility", type=whole_number, default=32, metavar="N",
-        help="held-out images are padded to a multiple of this, 0: not at all "
-             "(default: %(default)s)")
+        help="held-out images are padded to a multiple of this, 0: not at all, like those of the "
+             "baselines (default: %(default)s)")
 
     add = parser.add_argument_group("matching and loss").add_argument
     add("--matching", default="hungarian", choices=["hungarian", "fixed"],
@@ -205,9 +212,11 @@ def parse_args(argv=None):
     add("--backbone-lr-factor", type=positive, metavar="X",
         help="the backbone's rate is this times --lr (default: 0.1 if pretrained, else 1; Swin: 1)")
     add("--weight-decay", type=positive, default=1e-4, metavar="X",
-        help="except on norms, embeddings and relative positions (default: %(default)s)")
+        help="weight decay, except on norms, embeddings and relative positions "
+             "(default: %(default)s)")
     add("--warmup", type=whole_number, default=0, metavar="N",
-        help="steps in which the rate rises from 1e-6 of itself (default: %(default)s)")
+        help="steps in which the learning rate rises linearly from 1e-6 of its value "
+             "(default: %(default)s)")
     add("--schedule", default="poly", choices=["poly", "step"],
         help="the rate falls as (1 - step / steps)^0.9, or by 10 at each milestone "
              "(default: %(default)s)")
@@ -220,7 +229,7 @@ def parse_args(argv=None):
     add("--compile", action=switch,
         help="torch.compile model, matching costs and mask losses (default: on a GPU)")
     add("--seed", type=whole_number, default=0, metavar="N",
-        help="of weights, order, augmentation and dropout (default: %(default)s)")
+        help="seed of weights, order, augmentation and dropout (default: %(default)s)")
 
     add = parser.add_argument_group("tests, log, checkpoints").add_argument
     add("--object-threshold", type=fraction, default=0.8, metavar="P",
@@ -239,9 +248,9 @@ def parse_args(argv=None):
     resumed = flags_of_resumed_run(known)
     dataset = resumed.get("dataset", known.dataset)
     settings = recipe(dataset, resumed.get("backbone", known.backbone))
-    parser.set_defaults(**settings)                              # before the paper's defaults
-    parser.set_defaults(**resumed)                               # before the recipe
-    args = parser.parse_args(argv)                               # the command line comes first
+    parser.set_defaults(**settings)                              # override the paper's values
+    parser.set_defaults(**resumed)                               # override the recipe
+    args = parser.parse_args(argv)                               # overrides all
 
     if args.freeze_bn is None:
         args.freeze_bn = args.pretrained
@@ -264,27 +273,30 @@ def flags_of_resumed_run(args):
 
 
 def validate_args(args):
-    """UserError for flags that contradict one another. Nothing has been written yet."""
-    def require(condition, message):
+    """UserError for flags that contradict one another. Called before anything is written."""
+    def check(condition, message):
         if not condition:
             raise UserError(message)
 
     used = args.output and Path(args.output, "config.json").exists()
-    require(args.output or not args.resume, "--resume needs the --output to continue")
-    require(args.resume or not used,
-            f"{args.output} holds a run: choose another --output, or add --resume")
+    check(args.output or not args.resume, "--resume needs the --output to continue")
+    check(args.resume or not used,
+          f"{args.output} holds a run: choose another --output, or add --resume")
+    # The config of a resumed run may hold these two flags.
     if args.dataset == "shapes":
-        require(used or not args.data_root, "--data-root is not for --dataset shapes")
+        check(used or not args.data_root, "--data-root is not for --dataset shapes")
     else:
-        require(used or not args.num_classes, "--num-classes is for --dataset shapes")
+        check(used or not args.num_classes, "--num-classes is for --dataset shapes")
     parts = world_size() * args.accumulate
-    require(args.batch_size % parts == 0, f"--batch-size {args.batch_size} is not divisible by "
-            f"{world_size()} processes x --accumulate {args.accumulate}")
-    require(args.dim % 32 == 0 and args.dim % args.heads == 0,
-            f"--dim {args.dim} is not divisible by 32 and by --heads {args.heads}")
-    require(args.matching == "hungarian" or args.model == "maskformer",
-            "--matching is for --model maskformer")
-    require(args.augmentation == "detr" or args.crop, "--augmentation crop needs a --crop H W")
+    check(args.batch_size % parts == 0, f"--batch-size {args.batch_size} is not divisible by "
+          f"{world_size()} processes x --accumulate {args.accumulate}")
+    check(args.dim % 32 == 0 and args.dim % args.heads == 0,
+          f"--dim {args.dim} is not divisible by 32 and by --heads {args.heads}")
+    check(args.matching == "hungarian" or args.model == "maskformer",
+          "--matching is for --model maskformer")
+    check(args.augmentation == "detr" or args.crop, "--augmentation crop needs a --crop H W")
+    check(not (args.init and args.init_backbone),
+          "--init sets the backbone, too: drop --init-backbone")
 
 
 # ------------------------------------------------------------------------------------ optimization
@@ -329,9 +341,10 @@ def target_count(batches, args):
     return sum_over_processes(count / len(batches)) / world_size()
 
 
-def compute_loss(output, batch, count, args, matching_cost=matching_cost, mask_terms=mask_terms):
-    """-> {"loss": what is minimised (Eq. 1); "loss_ce", "loss_mask", "loss_dice": its raw terms;
-    "matched_dice": the mean overlap of segments and their masks}.
+def compute_loss(output, batch, count, args, cost_function=matching_cost,
+                 terms_function=mask_terms):
+    """-> {"loss": what is minimized (Eq. 1); "loss_ce", "loss_mask", "loss_dice": its raw terms;
+    "matched_dice": 1 - loss_dice / L, the mean overlap of segments and their masks}.
 
     output: of the model; count: `target_count`; the two functions: as they are, or compiled
     """
@@ -343,13 +356,13 @@ def compute_loss(output, batch, count, args, matching_cost=matching_cost, mask_t
     targets = batch.labels, batch.masks(), batch.owner           # [N], [N, H, W], [N]
     if args.matching == "hungarian":
         matches = hungarian_match(class_logits, mask_logits, *targets, args.class_weight,
-                                  args.focal_weight, args.dice_weight, matching_cost)
+                                  args.focal_weight, args.dice_weight, cost_function)
     else:
         matches = fixed_match(class_logits, mask_logits, *targets)
 
     labels, masks, _ = targets
     ce, focal, dice = mask_classification_loss(class_logits, mask_logits, labels, masks, matches,
-                                               count, args.no_object_weight, mask_terms)
+                                               count, args.no_object_weight, terms_function)
     loss = args.class_weight * ce + args.focal_weight * focal + args.dice_weight * dice
     return {"loss": loss, "loss_ce": ce, "loss_mask": focal, "loss_dice": dice,
             "matched_dice": 1 - dice / len(mask_logits)}
@@ -358,8 +371,8 @@ def compute_loss(output, batch, count, args, matching_cost=matching_cost, mask_t
 def compiled_loss():
     """`compute_loss` with its two expensive parts compiled; the number of segments varies."""
     return partial(compute_loss,
-                   matching_cost=torch.compile(matching_cost, dynamic=True),
-                   mask_terms=torch.compile(mask_terms, dynamic=True))
+                   cost_function=torch.compile(matching_cost, dynamic=True),
+                   terms_function=torch.compile(mask_terms, dynamic=True))
 
 
 def training_step(step, batches, model, optimizer, scaler, args, loss_of=compute_loss):
@@ -430,9 +443,17 @@ def checkpoint_to_continue(args, classes):
     if last and last["classes"] != classes:
         raise UserError(f"{path} has other classes ({len(last['classes'])}) than the dataset "
                         f"({len(classes)})")
-    if sum_over_processes(torch.tensor(step)) != step * world_size():
+    if last and not {"optimizer", "scaler", "best"} <= last.keys():
+        raise UserError(f"{path} is not of a run: start from it with --init instead")
+    if world_size() > 1 and step != step_of_process_0(step):
         raise UserError(f"not all processes see {path}: all machines must share --output")
     return last
+
+
+def step_of_process_0(step):
+    step = torch.tensor(step)
+    dist.broadcast(step, 0)
+    return step.item()
 
 
 def load_into(part, state):
@@ -446,7 +467,7 @@ def load_into(part, state):
 def start_model(args, last, device):
     """The model in training mode, of a new run or of the checkpoint `last`."""
     torch.manual_seed(args.seed)
-    from_imagenet = args.pretrained and not args.init and not last
+    from_imagenet = args.pretrained and not (args.init or args.init_backbone or last)
     try:
         model = build_model(vars(args), from_imagenet)
     except (OSError, RuntimeError, ValueError) as error:         # timm: no such name, no weights
@@ -482,7 +503,7 @@ def start_from(model, args):
     wrong = [name for name in skipped if not name.startswith(head)]
     if wrong:
         raise UserError(f"--init {args.init}: the flags describe another model: it differs in "
-                        f"{', '.join(wrong[:4])} ..")
+                        f"{listing(wrong, 4)}")
     model.load_state_dict(fitting, strict=False)
     return skipped
 
@@ -514,15 +535,18 @@ def start_folder(args, first_step):
     """Makes the folder of the run and its config.json: flags, versions, git revision -> its path.
 
     Rows of the log after `first_step` are dropped: what a killed run did after its last checkpoint
-    is done again.
+    is done again. Process 0 does all this; the others get None.
     """
-    folder = Path(args.output) if args.output else next_free_folder(f"runs/{args.dataset}")
     if rank() > 0:                                               # only process 0 writes
-        return folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {folder} cannot be made ({error.strerror})") from error
+        return None
+    if args.output:
+        folder = Path(args.output)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output {folder} cannot be made ({error.strerror})") from error
+    else:
+        folder = make_next_folder(f"runs/{args.dataset}")
 
     packages = ("torch", "torchvision", "timm", "scipy")
     versions = {name: importlib.metadata.version(name) for name in packages}
@@ -531,23 +555,28 @@ def start_folder(args, first_step):
 
     log = folder / "log.jsonl"
     if log.exists():
-        lines = [line for line in log.read_text().splitlines() if line.endswith("}")]  # not cut off
-        kept = [line for line in lines if belongs(json.loads(line), first_step, args)]
+        lines = log.read_text().splitlines()
+        lines = [line for line in lines if line.endswith("}")]   # the last may be cut off
+        kept = [line for line in lines if stays(json.loads(line), first_step, args)]
         write_atomically(log, "".join(line + "\n" for line in kept))
     return folder
 
 
-def belongs(row, first_step, args):
-    """Whether a row of the log is of a step before the resumed one; the last test is repeated."""
-    last_test = "mIoU" in row and row["step"] == args.steps
-    return row["step"] <= first_step and not last_test
+def stays(row, first_step, args):
+    """Whether a row of the log stays: all after the checkpoint, its test too, is done again."""
+    repeated = "mIoU" in row and is_test_step(first_step, args)
+    return row["step"] < first_step or row["step"] == first_step and not repeated
 
 
-def next_free_folder(prefix):
-    number = 1
-    while Path(f"{prefix}-{number:03d}").exists():
-        number += 1
-    return Path(f"{prefix}-{number:03d}")
+def make_next_folder(prefix):
+    """Makes the first of the folders prefix-001, -002, ... that does not exist -> its path."""
+    for number in itertools.count(1):
+        folder = Path(f"{prefix}-{number:03d}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:                                  # maybe of a run started just now
+            continue
 
 
 def git_revision():
@@ -574,14 +603,12 @@ def write_atomically(path, content):
         unfinished.replace(path)
     except (OSError, RuntimeError) as error:                     # torch: RuntimeError if disk full
         unfinished.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written ({error}); what was there is untouched. Make "
-                        "room, then continue with --output DIR --resume") from error
+        raise UserError(f"{path} cannot be written ({error}); the file that was there is "
+                        "untouched. Mend this, then continue with --output DIR --resume") from error
 
 
 def save_checkpoint(path, model, optimizer, scaler, step, best, args, dataset):
-    """All that a resumed run needs; process 0 writes it."""
-    if rank() > 0:
-        return
+    """Writes all that a resumed run needs."""
     write_atomically(path, {"model": model.state_dict(),
                             "optimizer": optimizer.state_dict(),
                             "scaler": scaler.state_dict(),
@@ -594,29 +621,19 @@ def save_checkpoint(path, model, optimizer, scaler, step, best, args, dataset):
                             "label_values": dataset.label_values})
 
 
-def save_if_best(folder, metrics, model, optimizer, scaler, step, best, args, dataset):
-    """Saves best.pt if the score is above `best`, and last.pt, which knows it -> the best score."""
-    score = metrics.get("PQ", metrics["mIoU"])
-    if score <= best:
-        return best
-    for name in ("best.pt", "last.pt"):
-        save_checkpoint(folder / name, model, optimizer, scaler, step, score, args, dataset)
-    return score
-
-
 def log_row(folder, row):
     with open(folder / "log.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
 
 
-def write_log(folder, args, step, terms, seconds, data_seconds):
+def write_log(folder, args, step, logged, seconds, data_seconds):
     """Means since the last row, to log.jsonl and the console. FloatingPointError if not finite.
 
-    terms: the scalars of these steps; seconds: their time; data_seconds: the wait for data in it
+    logged: the scalars of these steps; seconds: their time; data_seconds: the wait for data in it
     """
-    names = list(terms[0])
-    means = torch.stack([torch.stack([term[name] for name in names]) for term in terms]).mean(0)
-    means = sum_over_processes(means) / world_size()
+    names = list(logged[0])
+    table = torch.stack([torch.stack([scalars[name] for name in names]) for scalars in logged])
+    means = sum_over_processes(table.mean(0)) / world_size()
     means = dict(zip(names, means.tolist()))
     for name, value in means.items():
         skipped = name == "grad_norm" and args.amp == "fp16"     # the scaler skips such a step
@@ -628,11 +645,11 @@ def write_log(folder, args, step, terms, seconds, data_seconds):
     row = {"step": step}
     row |= {name: round(value, 5) for name, value in means.items() if math.isfinite(value)}
     row["lr"] = args.lr * lr_factor(step - 1, args)
-    row["images_per_s"] = round(len(terms) * args.batch_size / seconds, 2)
-    row["data_time"] = round(data_seconds / len(terms), 4)
+    row["images_per_s"] = round(len(logged) * args.batch_size / seconds, 2)
+    row["data_time"] = round(data_seconds / len(logged), 4)
     row["memory_gb"] = round(torch.cuda.max_memory_allocated() / 2 ** 30, 2)
     log_row(folder, row)
-    eta = datetime.timedelta(seconds=round(seconds / len(terms) * (args.steps - step)))
+    eta = datetime.timedelta(seconds=round(seconds / len(logged) * (args.steps - step)))
     numbers = "  ".join(f"{name} {value:.3g}" for name, value in row.items() if name != "step")
     print(f"step {step}/{args.steps}  eta {eta}  {numbers}", flush=True)
 
@@ -641,7 +658,8 @@ def evaluate_run(model, test_set, folder, step, args):
     """Evaluates -> metrics; writes metrics.json, a row of the log and the two pictures."""
     options = {name: getattr(args, name) for name in TEST_OPTIONS} | {"amp": args.amp}
     if world_size() > 1:
-        for buffer in model.buffers():                           # statistics of batch norms
+        # Batch-norm statistics: all processes evaluate with those that process 0 saves.
+        for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     model.eval()
     metrics = evaluate(model, test_set, workers=args.workers, task=args.task, **options)
@@ -657,7 +675,7 @@ def evaluate_run(model, test_set, folder, step, args):
 
 
 class StopSignal:
-    """Notes SIGTERM and SIGUSR1, with which a cluster asks for its machine."""
+    """Notes SIGTERM and SIGUSR1, with which a cluster asks for its machine back."""
 
     def __init__(self):
         self.received = False
@@ -685,8 +703,11 @@ def train(args, device):
     folder = start_folder(args, first_step)
 
     parallel, loss_of = model, compute_loss
-    if compiles(args, device):
-        parallel, loss_of = torch.compile(model), compiled_loss()
+    if should_compile(args, device):
+        loss_of = compiled_loss()
+        sizes_vary = args.augmentation == "detr" or args.overfit
+        if not (sizes_vary and args.backbone.startswith("swin_")):   # that takes over five minutes
+            parallel = torch.compile(model)
     if world_size() > 1:
         parallel = DistributedDataParallel(parallel, broadcast_buffers=False)
 
@@ -695,74 +716,108 @@ def train(args, device):
         print(f"{args.model}, {args.backbone}, {millions:.1f}M parameters, {args.dataset}, "
               f"{len(samples.dataset)} images, {world_size()} x {device}, {folder}", flush=True)
 
+    def save(name, step):
+        if rank() == 0:
+            save_checkpoint(folder / name, model, optimizer, scaler, step, best, args, test_set)
+
+    def test(step):
+        """Evaluates, and keeps the best checkpoint -> metrics."""
+        nonlocal best
+        metrics = evaluate_run(model, test_set, folder, step, args)
+        score = metrics.get("PQ", metrics["mIoU"])
+        if score > best:
+            best = score
+            save("best.pt", step)
+            save("last.pt", step)                                # a resumed run knows this score
+        return metrics
+
     stop = StopSignal()
     sampler = step_batches(first_step, args.steps, args.batch_size, rank(), world_size(),
                            args.accumulate)
     stream = training_batches(samples, sampler, args.workers, device)
     trained_on = torch.zeros(args.num_classes, dtype=torch.bool)
-    terms, clock, data_seconds = [], time.time(), 0.             # since the last row of the log
+    logged, clock, data_seconds = [], time.time(), 0.            # since the last row of the log
+    metrics, warned = None, False
+    if last and is_test_step(first_step, args):                  # it may have been cut off
+        metrics = test(first_step)
+
     for step in range(first_step, args.steps):
         done = step + 1
-        tests = done == args.steps or args.eval_every > 0 and done % args.eval_every == 0
 
         # Load.
         tick = time.time()
         batches = [next(stream) for _ in range(args.accumulate)]
         for batch in batches:
             trained_on[batch.labels] = True
+            warned = warned or warn_of_unmatched(batch, args)
         batches = [batch.to(device) for batch in batches]
         data_seconds += time.time() - tick
 
         # Step, and log.
         try:
-            terms.append(training_step(step, batches, parallel, optimizer, scaler, args, loss_of))
+            logged.append(training_step(step, batches, parallel, optimizer, scaler, args, loss_of))
             stopping = stop.anywhere()
+            tests = is_test_step(done, args)
             saves = tests or stopping or done % args.save_every == 0
             if saves or done == 1 or done % args.log_every == 0:
-                write_log(folder, args, done, terms, time.time() - clock, data_seconds)
-                terms, clock, data_seconds = [], time.time(), 0.
+                write_log(folder, args, done, logged, time.time() - clock, data_seconds)
+                logged, clock, data_seconds = [], time.time(), 0.
         except FloatingPointError as error:
             lr = args.lr * lr_factor(step, args)
             names = ", ".join(name for batch in batches for name in batch.names)
-            raise UserError(f"{error}: step {done}, learning rate {lr:.3g}, images {names}. "
+            raise UserError(f"{error}: step {done}, learning rate {lr:.3g}, images {names} (on a "
+                            f"GPU, the cause may lie up to {args.log_every} steps back). "
                             "Checkpoints are untouched. Try a lower --lr or --amp off") from error
 
         # Save.
-        state = model, optimizer, scaler, done                   # what checkpoints hold
         if saves:
-            save_checkpoint(folder / "last.pt", *state, best, args, test_set)
+            save("last.pt", done)
         if stopping:
-            stop.anywhere()                                      # all wait until it is saved
+            wait_for_processes()                                 # until it is saved
             return test_set, None, folder
 
         # Evaluate.
         if tests:
-            metrics = evaluate_run(model, test_set, folder, done, args)
-            best = save_if_best(folder, metrics, *state, best, args, test_set)
+            metrics = test(done)
             clock = time.time()
 
-    if first_step == args.steps:                                 # killed in its last evaluation
-        metrics = evaluate_run(model, test_set, folder, first_step, args)
-        save_if_best(folder, metrics, model, optimizer, scaler, first_step, best, args, test_set)
-    else:
+    if first_step < args.steps:
         warn_of_unseen(test_set.classes, trained_on, first_step)
     return test_set, metrics, folder
 
 
-def compiles(args, device):
+def is_test_step(step, args):
+    return step == args.steps or args.eval_every > 0 and step % args.eval_every == 0
+
+
+def wait_for_processes():
+    sum_over_processes(torch.zeros(()))
+
+
+def warn_of_unmatched(batch, args):
+    """Names an image that has more segments than there are queries -> whether there is one."""
+    counts = torch.bincount(batch.owner, minlength=len(batch.names)).tolist()
+    too_many = args.model == "maskformer" and max(counts) > args.queries
+    if too_many:
+        warn(f"{batch.names[counts.index(max(counts))]} has {max(counts)} segments for "
+             f"{args.queries} queries: those that fit worst stay unmatched (told once)")
+    return too_many
+
+
+def should_compile(args, device):
     """Whether to compile: by default on a GPU, and never without a compiler."""
     on_gpu = device.type == "cuda"
+    if not (on_gpu if args.compile is None else args.compile):
+        return False
     if on_gpu:
         needed = "Triton or a C compiler"
         able = importlib.util.find_spec("triton") and has_compiler("CC", "cc", "gcc", "clang")
     else:
         needed = "a C++ compiler"
         able = has_compiler("CXX", "g++")
-
-    wanted = on_gpu if args.compile is None else args.compile
-    if wanted and not able:
+    if not able:
         warn(f"{needed} is missing, so nothing is compiled (--no-compile: no warning)")
-    return wanted and bool(able)
+    return bool(able)
 
 
 def has_compiler(variable, *names):
@@ -789,6 +844,7 @@ def main(argv=None):
     validate_args(args)
     args.amp = pick_amp(args.amp, device)
     torch.set_float32_matmul_precision("high")                   # TF32 on GPUs that have it
+    warnings.filterwarnings("ignore", "image .* segments but")    # `warn_of_unmatched` names files
 
     test_set, metrics, folder = train(args, device)
     if rank() == 0 and metrics:

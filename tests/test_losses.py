@@ -267,7 +267,7 @@ def test_the_mask_terms_may_come_from_another_function():
         return 2 * mask_terms(mask_logits, masks, segment)
 
     ce, focal, dice = mask_classification_loss(*targets[:4], matches)
-    doubled = mask_classification_loss(*targets[:4], matches, mask_terms=compiled)
+    doubled = mask_classification_loss(*targets[:4], matches, terms_function=compiled)
     assert doubled == (ce, 2 * focal, 2 * dice)
     assert torch.equal(torch.cat(asked), matches[3])
 
@@ -390,7 +390,7 @@ def test_parts_are_no_larger_than_they_may_be_and_one_part_is_computed_once(monk
     for at_once, forward, again in ((4 * H * W, [4, 4, 4, 3], 4), (15 * H * W, [15], 0)):
         monkeypatch.setattr(losses, "AT_ONCE_CPU", at_once)
         sizes.clear()
-        _, focal, dice = mask_classification_loss(*targets[:4], matches, mask_terms=watched)
+        _, focal, dice = mask_classification_loss(*targets[:4], matches, terms_function=watched)
         assert sizes == forward
         (focal + dice).backward()
         assert len(sizes) == len(forward) + again                    # in the backward pass

@@ -122,7 +122,7 @@ def test_the_costs_may_come_from_another_function():
         return matching_cost(*arguments).flip(2)                     # queries in the other order
 
     targets = problem()
-    matches = hungarian_match(*targets, 2., 3., 4., matching_cost=compiled)
+    matches = hungarian_match(*targets, 2., 3., 4., cost_function=compiled)
     assert len(asked) == 1 and asked[0][5:] == (2., 3., 4.)
     plain = as_set(hungarian_match(*targets, 2., 3., 4.))
     assert as_set(matches) == {(l, b, Q - 1 - q, s) for l, b, q, s in plain}

@@ -286,6 +286,43 @@ def test_a_run_that_was_killed_in_its_last_test_is_tested_and_has_a_best(tmp_pat
     assert content(tmp_path / "best.pt")["best"] == pytest.approx(metrics_of(tmp_path)["PQ"])
 
 
+def test_a_test_that_was_cut_off_is_done_again_by_a_resumed_run(tmp_path, monkeypatch):
+    def killed(*_):
+        raise Interrupted
+
+    flags = ["--steps", 4, "--eval-every", 2, "--output", tmp_path]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate_run", killed)
+        with pytest.raises(Interrupted):
+            run(*flags)
+    assert content(tmp_path / "last.pt")["step"] == 2
+    run(*flags, "--resume")
+    assert steps_and_tests(tmp_path) == [(1, False), (2, False), (2, True), (3, False),
+                                         (4, False), (4, True)]
+
+
+def test_more_segments_than_queries_are_told_once_with_the_image(tmp_path, capsys):
+    run("--steps", 3, "--queries", 1, "--workers", 0, "--output", tmp_path)
+    told = [line for line in capsys.readouterr().err.splitlines() if "segments for" in line]
+    assert len(told) == 1
+    assert re.match(r"warning: \d{5} has \d segments for 1 queries", told[0])
+
+
+def test_two_runs_started_together_get_folders_of_their_own(tmp_path):
+    assert train.make_next_folder(f"{tmp_path}/runs/x") == tmp_path / "runs" / "x-001"
+    assert train.make_next_folder(f"{tmp_path}/runs/x") == tmp_path / "runs" / "x-002"
+
+
+def test_no_imagenet_weights_are_fetched_for_a_backbone_that_is_replaced(monkeypatch):
+    asked = []
+    monkeypatch.setattr(train, "build_model", lambda config, pretrained: asked.append(pretrained)
+                        or tiny_model())
+    monkeypatch.setattr(train, "start_backbone_from", lambda *_: None)
+    args = train.parse_args([*TINY, "--init-backbone", "x.pt", "--pretrained"])
+    train.start_model(args, None, torch.device("cpu"))
+    assert asked == [False]
+
+
 def test_a_resumed_run_keeps_the_flags_that_are_not_given_again(tmp_path):
     run("--steps", 2, "--seed", 3, "--lr", 0.003, "--num-classes", 8, "--task", "semantic",
         "--output", tmp_path)
@@ -652,9 +689,9 @@ def test_training_is_compiled_on_a_gpu_unless_told_otherwise(monkeypatch):
     monkeypatch.setattr(train, "has_compiler", lambda *_: True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: "found")
     gpu = torch.device("cuda", 0)
-    assert [train.compiles(settings(given), gpu) for given in (None, True, False)] == [
+    assert [train.should_compile(settings(given), gpu) for given in (None, True, False)] == [
         True, True, False]
-    assert [train.compiles(settings(given), CPU) for given in (None, True, False)] == [
+    assert [train.should_compile(settings(given), CPU) for given in (None, True, False)] == [
         False, True, False]
 
 
@@ -666,12 +703,12 @@ def test_without_a_compiler_nothing_is_compiled_and_a_line_says_so(
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.delenv("CXX", raising=False)
     device = torch.device(device)
-    assert not train.compiles(settings(True), device)
+    assert not train.should_compile(settings(True), device)
     told = capsys.readouterr().err
     assert told.startswith(f"warning: {missing} is missing, so nothing is compiled")
     assert told.count("\n") == 1
 
-    assert not train.compiles(settings(False), device)
+    assert not train.should_compile(settings(False), device)
     assert capsys.readouterr().err == ""
 
 

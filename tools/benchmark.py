@@ -226,7 +226,7 @@ def our_matching(work):
     batch, logits = made_up_batch(work), made_up_logits(work)
     masks = batch.masks()
     cost = torch.compile(matching_cost, dynamic=True) if work.compiled else matching_cost
-    return lambda: hungarian_match(*logits, batch.labels, masks, batch.owner, matching_cost=cost)
+    return lambda: hungarian_match(*logits, batch.labels, masks, batch.owner, cost_function=cost)
 
 
 def their_matching(work):
@@ -247,7 +247,7 @@ def our_loss(work):
 
     def loss():
         ce, focal, dice = mask_classification_loss(*logits, batch.labels, masks, matches,
-                                                   mask_terms=terms)
+                                                   terms_function=terms)
         return torch.autograd.grad(ce + 20 * focal + dice, logits)
     return loss
 
