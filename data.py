@@ -171,10 +171,10 @@ class Augmentation:
         self.max_long_side = max_long_side
         self.crop = crop
         self.flip = v2.RandomHorizontalFlip()
-        # NOTE 7: the released code distorts colors as SSD does; here brightness is a factor, not a
-        # sum, and the order is always this one. (v2.RandomPhotometricDistort would also shuffle
-        # channels.) On Pillow images: their 8-bit hue takes a third of the time of torchvision's
-        # on tensors.
+        # NOTE 7: the released code distorts colors as SSD does; here the formulas are torchvision's
+        # (brightness is a factor, not a sum; contrast and saturation blend with gray), and the
+        # order is always this one. (v2.RandomPhotometricDistort would also shuffle channels.)
+        # On Pillow images: their 8-bit hue takes a third of the time of torchvision's on tensors.
         if color_distortion:
             self.distort = v2.Compose([
                 v2.ToPILImage(),
@@ -560,6 +560,8 @@ def open_image(path):
         with Image.open(path) as image:
             image.load()
             turned = ImageOps.exif_transpose(image)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
     except Exception as error:          # decoders raise all kinds of errors for broken files
         raise UserError(f"{path} cannot be read as an image ({error}): replace it") from error
     if image.format == "TIFF" and has_unused_bands(image):
@@ -659,7 +661,8 @@ def segments_of_values(annotation, read_values, class_of_value, void_values, is_
     if void_values is not None:
         wrong = [value for value in present if value not in classes and value not in void_values]
         if wrong:
-            raise UserError(f"{annotation} holds [{listing(wrong)}]; classes are "
+            file = annotation[0] if isinstance(annotation, tuple) else annotation
+            raise UserError(f"{file} holds [{listing(wrong)}]; classes are "
                             f"{min(class_of_value)}..{max(class_of_value)}, void is "
                             f"{listing(sorted(void_values))}. If labels start at 1, subtract 1; "
                             "if the list of classes is too short, complete it")
@@ -844,8 +847,13 @@ LINE_OF_CLASS = re.compile(r"(?P<name>.+?)"
 
 def read_class_list(path):
     """classes.txt -> [ClassLine]. A line is NAME [RED GREEN BLUE] [thing | stuff | void]."""
+    text = read_text(path).strip()
     lines = []
-    for index, line in enumerate(read_lines(path)):
+    for index, line in enumerate(text.split("\n") if text else []):
+        line = line.strip()
+        if not line:
+            raise UserError(f"{path}: line {index + 1} is empty, but each line is a class: write "
+                            "its name, or `unused void`")
         match = LINE_OF_CLASS.fullmatch(line)
         color = None
         if match["color"]:
@@ -1181,6 +1189,8 @@ def read_panoptic_png(annotation):
 def read_ids(path, listed):
     """-> the segment ids [H, W] of a panoptic PNG: R + 256 G + 65536 B, or its only channel."""
     image = open_image(path)
+    if image.mode == "LA":                                           # gray with transparency
+        image = image.getchannel("L")
     if image.mode in ("RGB", "RGBA", "P"):
         ids = np.array(image.convert("RGB")) @ np.array([1, 256, 65536], np.int32)
         # A palette may merely compress the colors; otherwise its indices are the ids.
@@ -1196,8 +1206,9 @@ def align_classes(dataset, info):
     info: the checkpoint's dict of "classes", "is_thing" and "category_ids" (old ones lack the last)
     UserError, naming the classes, if the dataset has others than the checkpoint.
     """
-    if dataset.classes == info["classes"] and (dataset.is_thing == info["is_thing"]
-                                               or not dataset.panoptic):
+    # A model for semantic segmentation may be tested on panoptic data, and the other way round.
+    semantic = not dataset.panoptic or info.get("config", {}).get("task") == "semantic"
+    if dataset.classes == info["classes"] and (semantic or dataset.is_thing == info["is_thing"]):
         return dataset                           # the same classes in the same order
     sizes = f"the checkpoint has {len(info['classes'])} classes, the dataset {len(dataset.classes)}"
     remedy = "choose the data it was trained on (--dataset, --data-root)"

@@ -34,7 +34,7 @@ from data import (DATASETS, Augmentation, DetrAugmentation, TrainingSamples, Use
                   build_dataset, listing, resized, seed_of, step_batches, training_batches, warn)
 from evaluate import (AMP, TEST_OPTIONS, ArgumentParser, backend_for, draw_predictions,
                       draw_queries, evaluate, fraction, load, load_checkpoint, pick_amp,
-                      pick_device, positive, positive_int, rank, rendezvous, run_command,
+                      non_negative, pick_device, positive_int, rank, rendezvous, run_command,
                       save_metrics, single_numbers, sum_over_processes, table_of_classes,
                       whole_number, world_size)
 from losses import mask_classification_loss, mask_terms, per_pixel_loss
@@ -191,13 +191,13 @@ def parse_args(argv=None):
     add = parser.add_argument_group("matching and loss").add_argument
     add("--matching", default="hungarian", choices=["hungarian", "fixed"],
         help="bipartite matching (Sec. 3.2), or query k for class k (Table 4)")
-    add("--class-weight", type=positive, default=1., metavar="X",
+    add("--class-weight", type=non_negative, default=1., metavar="X",
         help="weight of the cross entropy in loss and matching (default: %(default)s)")
-    add("--focal-weight", type=positive, default=20., metavar="X",
+    add("--focal-weight", type=non_negative, default=20., metavar="X",
         help="weight of the focal term in loss and matching (default: %(default)s; Sec. 4.1: 20)")
-    add("--dice-weight", type=positive, default=1., metavar="X",
+    add("--dice-weight", type=non_negative, default=1., metavar="X",
         help="weight of the dice term in loss and matching (default: %(default)s; Sec. 4.1: 1)")
-    add("--no-object-weight", type=positive, default=0.1, metavar="X",
+    add("--no-object-weight", type=non_negative, default=0.1, metavar="X",
         help='weight of "no object" in the cross entropy (default: %(default)s; Sec. 4.1: 0.1)')
 
     add = parser.add_argument_group("optimization").add_argument
@@ -207,11 +207,11 @@ def parse_args(argv=None):
         help="images of a step, over all processes (default: %(default)s)")
     add("--accumulate", type=positive_int, default=1, metavar="N",
         help="forward passes of a step, each on a part of the batch (default: %(default)s)")
-    add("--lr", type=positive, default=1e-4, metavar="X",
+    add("--lr", type=non_negative, default=1e-4, metavar="X",
         help="learning rate of AdamW (default: %(default)s)")
-    add("--backbone-lr-factor", type=positive, metavar="X",
+    add("--backbone-lr-factor", type=non_negative, metavar="X",
         help="the backbone's rate is this times --lr (default: 0.1 if pretrained, else 1; Swin: 1)")
-    add("--weight-decay", type=positive, default=1e-4, metavar="X",
+    add("--weight-decay", type=non_negative, default=1e-4, metavar="X",
         help="weight decay, except on norms, embeddings and relative positions "
              "(default: %(default)s)")
     add("--warmup", type=whole_number, default=0, metavar="N",
@@ -222,7 +222,7 @@ def parse_args(argv=None):
              "(default: %(default)s)")
     add("--milestones", type=positive_int, nargs="*", default=[], metavar="N",
         help="steps at which --schedule step divides the rate by 10")
-    add("--clip", type=positive, default=0.01, metavar="X",
+    add("--clip", type=non_negative, default=0.01, metavar="X",
         help="limit of the gradient's norm, 0: none (default: %(default)s; appendix A: 0.01)")
     add("--amp", default="auto", choices=["auto", *AMP],
         help="mixed precision (default: bf16 on GPUs that have it, else off: float32)")

@@ -230,7 +230,7 @@ EVALUATED = {
     "--checkpoint nothing.pt": ["nothing.pt", "No such file"],
     "--dataset folder --data-root {good}/folder": ["6 classes", "the dataset 3", "--data-root"],
     "--split test": ["'test'", "train or val"],
-    "--images nothing.jpg": ["nothing.jpg", "No such file"],
+    "--images nothing.jpg": ["nothing.jpg", "no such file"],
     "--images {good}/folder/classes.txt": ["classes.txt", "replace it"],
     "--images {good}": ["no images there"],
     "--save {good}/folder/classes.txt": ["classes.txt"],
@@ -238,7 +238,7 @@ EVALUATED = {
     "--test-short-side 0": ["--test-short-side", "0 is not 1 or more"],
     "--workers -1": ["--workers", "-1 is not 0 or more"],
     "--scales big": ["--scales", "'big'"],
-    "--scales -1": ["--scales", "-1.0 is not 0 or more"],
+    "--scales -1": ["--scales", "-1.0 is not from 0.1 to 10"],
     "--image x.jpg": ["--image"],
 }
 

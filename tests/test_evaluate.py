@@ -622,12 +622,34 @@ def test_photos_are_files_and_the_images_in_folders(tmp_path):
     (tmp_path / "folder" / "inner.png").mkdir(parents=True)
     for name in ("b.JPG", "a.png", ".hidden.png", "notes.txt"):
         (tmp_path / "folder" / name).touch()
+    (tmp_path / "one.webp").touch()
     given = [str(tmp_path / "one.webp"), str(tmp_path / "folder")]
     dataset = evaluate.photos(given, checkpoint())
     paths = [tmp_path / "one.webp", tmp_path / "folder/a.png", tmp_path / "folder/b.JPG"]
     assert [path for path, _ in dataset.pairs] == paths
     assert dataset.classes == NAMES and dataset.category_ids == list(range(1, K + 1))
     assert not dataset.has_truth
+
+
+def test_a_photo_that_is_not_there_is_named_before_any_is_predicted(tmp_path):
+    with pytest.raises(UserError, match="two.jpg: no such file"):
+        evaluate.photos([str(tmp_path), str(tmp_path / "two.jpg")], checkpoint())
+
+
+def test_output_that_is_not_finite_is_refused_and_not_scored():
+    model = tiny_model().eval()
+    torch.nn.init.constant_(model.to_mask[-1].bias, torch.nan)
+    image = torch.zeros(3, 40, 50, dtype=torch.uint8)
+    with pytest.raises(UserError, match="not finite"):
+        evaluate.predict(model, image, [False] * K, 32, 64)
+
+
+def test_panoptic_inference_of_several_scales_is_refused_and_not_ignored():
+    model = tiny_model().eval()
+    image = torch.zeros(3, 40, 50, dtype=torch.uint8)
+    for options in ({"scales": (0.5, 1.)}, {"flip": True}):
+        with pytest.raises(UserError, match="scale 1"):
+            evaluate.predict(model, image, [False] * K, 32, 64, inference="panoptic", **options)
 
 
 def test_a_folder_without_photos_is_named(tmp_path):

@@ -442,3 +442,9 @@ def test_unknown_names_and_splits_are_refused():
         build_dataset("shapez")
     with pytest.raises(UserError, match="shapes.*'test'.*train or val"):
         build_dataset("shapes", split="test")
+
+
+def test_an_empty_line_among_the_classes_is_refused_as_it_would_renumber_the_rest(tmp_path):
+    (tmp_path / "classes.txt").write_text("background\n\nroad\n")
+    with pytest.raises(UserError, match="line 2 is empty"):
+        build_dataset("folder", tmp_path)

@@ -124,7 +124,8 @@ def test_the_notes_are_those_of_the_code():
     for name in MODULES:
         for number in re.findall(r"NOTE (\d+):", (ROOT / f"{name}.py").read_text()):
             in_code.add((int(number), f"{name}.py"))
-    section = README.read_text().split("## Where paper and released code differ")[1].split("##")[0]
+    heading = "## Details where paper, released code and this code differ"
+    section = README.read_text().split(heading)[1].split("##")[0]
     notes = [(int(number), file)
              for number, file in re.findall(r"^(\d+)\. (\w+\.py): ", section, re.M)]
     assert set(notes) == in_code
