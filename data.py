@@ -43,7 +43,7 @@ from torchvision.transforms import v2
 
 # ------------------------------------------------------------------------------ errors and warnings
 class UserError(ValueError):
-    """An error that the user can fix; the message says what is wrong and how to mend it."""
+    """An error that the user can fix; the message says what is wrong, and how to fix it."""
 
 
 def warn(message):
@@ -235,7 +235,7 @@ def pad_to(x, size, value):
 
 
 # ------------------------------------------------------------------------------ samples and batches
-def label_map(segment_map, class_of, void):
+def to_label_map(segment_map, class_of, void):
     """Segments -> classes of pixels [H, W] int64, `void` where no segment is."""
     table = torch.full((int(segment_map.max()) + 1,), void)
     for i, label in class_of.items():
@@ -257,7 +257,7 @@ def merge_classes(segment_map, class_of):
     classes = set(class_of.values())
     if len(classes) == len(class_of):
         return segment_map, class_of
-    merged = label_map(segment_map, class_of, void=-1) + 1
+    merged = to_label_map(segment_map, class_of, void=-1) + 1
     dtype = torch.uint8 if max(classes) < 255 else torch.int32
     return merged.to(dtype), {label + 1: label for label in classes}
 
@@ -597,7 +597,7 @@ def read_labels(path):
     if path.suffix == ".mat":
         return read_mat(path)
     image = open_image(path)
-    if image.mode == "LA":                                           # grey with transparency
+    if image.mode == "LA":                                           # gray with transparency
         image = image.getchannel("L")
     values = np.array(image)
     if values.ndim == 3:
@@ -777,7 +777,7 @@ def cityscapes(root, split, panoptic=False):
     is_thing = [label.has_instances for label in labels]
     images = root / "leftImg8bit" / split
     if split == "test":
-        pairs = unlabelled(images)
+        pairs = unlabeled(images)
     else:
         kind = "instanceIds" if panoptic else "labelIds"
         pairs = pair_files(images, root / "gtFine" / split, "_leftImg8bit.png",
@@ -788,7 +788,7 @@ def cityscapes(root, split, panoptic=False):
                          has_truth=split != "test")
 
 
-def unlabelled(folder):
+def unlabeled(folder):
     """The images in a folder, as pairs without an annotation."""
     return [(folder / file, None) for file in find_images(folder)]
 
@@ -798,7 +798,7 @@ def mapillary(root, split):
     root = root / "mapillary_vistas" / PARTS[split]
     names = [c["name"] for c in published_classes("mapillary")]
     if split == "test":
-        pairs = unlabelled(root / "images")
+        pairs = unlabeled(root / "images")
     else:
         pairs = pair_files(root / "images", root / "labels")
     return value_dataset(pairs, names, range(65), void_values={65}, has_truth=split != "test")
@@ -880,7 +880,7 @@ def read_class_list(path):
     return lines
 
 
-def folder(root, split):
+def label_folder(root, split):
     """Your own label images: index PNGs, or colored ones whose colors classes.txt lists."""
     lines = read_class_list(root / "classes.txt")
     listed = [line for line in lines if line.kind != "void"]
@@ -955,7 +955,7 @@ def coco_panoptic(root, split):
     root, name = root / "coco", f"panoptic_{split}2017"
     if split == "test":
         classes = published_classes("coco-panoptic")
-        pairs = unlabelled(root / "test2017")
+        pairs = unlabeled(root / "test2017")
         return SegmentationDataset(pairs, [c["name"] for c in classes],
                                    [bool(c["isthing"]) for c in classes], read_segments=None,
                                    category_ids=[c["id"] for c in classes], panoptic=True,
@@ -966,7 +966,7 @@ def coco_panoptic(root, split):
     return coco_format(root / f"{split}2017", maps, json_file)
 
 
-def panoptic(root, split):
+def coco_folder(root, split):
     """Your own data in COCO's panoptic format."""
     other_split = "val" if split == "train" else "train"
     return coco_format(root / "images" / split, root / f"panoptic_{split}",
@@ -1267,8 +1267,8 @@ def differences(ours, theirs, compare_things=True):
 # --------------------------------------------------------------------------------- all the datasets
 DATASETS = {
     "shapes": Shapes,
-    "folder": folder,
-    "panoptic": panoptic,
+    "folder": label_folder,
+    "panoptic": coco_folder,
     "ade20k": ade20k,
     "ade20k-full": ade20k_full,
     "ade20k-panoptic": partial(ade20k, panoptic=True),
@@ -1289,7 +1289,7 @@ LAYOUT = {
                    "(https://ade20k.csail.mit.edu)",
     "ade20k-panoptic": "ADEChallengeData2016/{images,annotations,annotations_instance}/"
                        "{training,validation}/X.{jpg,png}",
-    "coco-panoptic": "coco/{train,val}2017/X.jpg, coco/annotations/panoptic_{train,val}2017.json, "
+    "coco-panoptic": "coco/{train,val,test}2017/X.jpg, coco/annotations/panoptic_{train,val}2017.json, "
                      "and PNGs in panoptic_{train,val}2017/ in coco or coco/annotations",
     "voc": "VOCdevkit/VOC2012/{JPEGImages/X.jpg,SegmentationClass/X.png,"
            "ImageSets/Segmentation/{train,val}.txt}",
@@ -1297,12 +1297,12 @@ LAYOUT = {
                       "imageLists/{train,test}.txt} or, instead of the last two, "
                       "annotations_detectron2/{train,test}/X.png "
                       "(https://github.com/nightrome/cocostuff10k)",
-    "cityscapes": "cityscapes/leftImg8bit/{train,val}/CITY/X_leftImg8bit.png and "
+    "cityscapes": "cityscapes/leftImg8bit/{train,val,test}/CITY/X_leftImg8bit.png and "
                   "cityscapes/gtFine/{train,val}/CITY/X_gtFine_labelIds.png "
                   "(https://www.cityscapes-dataset.com)",
-    "mapillary": "mapillary_vistas/{training,validation}/{images/X.jpg,labels/X.png} "
+    "mapillary": "mapillary_vistas/{training,validation,testing}/{images/X.jpg,labels/X.png} "
                  "(https://www.mapillary.com/dataset/vistas, version 1.2)",
-    "cityscapes-panoptic": "cityscapes/leftImg8bit/{train,val}/CITY/X_leftImg8bit.png and "
+    "cityscapes-panoptic": "cityscapes/leftImg8bit/{train,val,test}/CITY/X_leftImg8bit.png and "
                            "cityscapes/gtFine/{train,val}/CITY/X_gtFine_instanceIds.png "
                            "(https://www.cityscapes-dataset.com)",
 }

@@ -27,68 +27,15 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.v2.functional import resize, to_pil_image
 
 from data import (DATASETS, IMAGE_SUFFIXES, SegmentationDataset, UserError, align_classes,
-                  build_dataset, fit, ignore_stop_signals, label_map, listing, read_image,
-                  void_label, without_truth)
+                  build_dataset, fit, ignore_stop_signals, listing, read_image,
+                  to_label_map, void_label, without_truth)
 from maskformer import MaskFormer, build_model, panoptic_inference, semantic_inference
 
 TEST_OPTIONS = ("test_short_side", "test_max_long_side", "object_threshold", "overlap_threshold")
 AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-# ------------------------------------------------------------------------------------ processes
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0           # the number of this process
-
-
-def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1     # how many processes there are
-
-
-def sum_over_processes(value):
-    """Adds up a tensor over all processes, in place."""
-    if world_size() > 1:
-        dist.all_reduce(value)
-    return value
-
-
-def pick_device():
-    """The GPU of this process, or the CPU if there is none."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if local_rank >= torch.cuda.device_count():
-        raise UserError(f"--nproc-per-node: there are only {torch.cuda.device_count()} GPUs here")
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
-
-
-def backend_for(device):
-    """CPU tensors go by gloo, GPU tensors by nccl where it exists (not on Windows)."""
-    on_gpu = device.type == "cuda" and dist.is_nccl_available()
-    return "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-
-
-def rendezvous():
-    """-> the store, rank and world size that torchrun gives, for `init_process_group`.
-
-    A job that torchrun restarts finds in the store the addresses of its dead processes, and might
-    wait for them forever: the prefix hides them.
-    """
-    store, number, count = next(dist.rendezvous("env://"))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return {"store": dist.PrefixStore(f"attempt {attempt}", store),
-            "rank": number,
-            "world_size": count}
-
-
-def pick_amp(name, device):
-    """The precision that `--amp auto` stands for: bf16 on a GPU that has it, else float32."""
-    if name != "auto":
-        return name
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "off"
-
-
-# ------------------------------------------------------------------------------------ metrics
+# ------------------------------------------------------------------------------------------ metrics
 class ConfusionMatrix:
     """Counts of (true class, predicted class) over a whole set, without void pixels of the truth.
 
@@ -220,38 +167,39 @@ def add_to(sums, classes, values=None):
     sums.index_add_(0, classes, values)
 
 
-# ------------------------------------------------------------------------------------ prediction
+# --------------------------------------------------------------------------------------- prediction
 @torch.no_grad()
-def network_output(model, image, size, flip=False, amp="off"):
+def network_output(model, image, size, amp="off"):
     """image [3, H, W] uint8 -> class_logits [Q, K+1], mask_logits [Q, *size]; of the per-pixel
     baselines None, pixel_logits [K, *size].
 
-    The image is resized to `size`, padded as the model wants it, and the padding is cut off again.
+    The model sees the image at `size`.
     """
-    mean = model.backbone.mean
-    device = mean.device
-    multiple = model.size_divisibility or 1
-    height, width = size
-    padded_height, padded_width = (side + -side % multiple for side in size)
-
-    x = resize(image.to(device), [height, width], antialias=True)
-    if flip:
-        x = x.flip(-1)
-    canvas = mean.expand(3, padded_height, padded_width).clone()     # zeros after normalization
-    canvas[:, :height, :width] = x
-    with torch.autocast(device.type, AMP[amp], enabled=amp != "off"):
-        output = model(canvas[None])
+    x = network_input(model, image, size)                            # [3, padded size]
+    with torch.autocast(x.device.type, AMP[amp], enabled=amp != "off"):
+        output = model(x[None])
 
     if isinstance(output, tuple):
         class_logits, logits = output[0][-1, 0], output[1][-1, 0]    # of the last layer
-        logits = upsample(logits, (padded_height, padded_width))
+        logits = upsample(logits, x.shape[-2:])
     else:                                                            # 4 times, as in the loss
         class_logits, logits = None, output[-1, 0]
         logits = upsample(logits, [4 * side for side in logits.shape[-2:]])
     if not all(x.isfinite().all() for x in (class_logits, logits) if x is not None):
         raise UserError("the output of the network is not finite: try --amp off, or another "
                         "checkpoint")
-    return class_logits, logits[:, :height, :width]
+    return class_logits, logits[:, :size[0], :size[1]]               # without the padding
+
+
+def network_input(model, image, size):
+    """image [3, H, W] uint8 -> [3, padded size]: resized to `size`, then padded at the right and
+    the bottom to a multiple of the model's `size_divisibility`, with zeros after normalization."""
+    mean = model.backbone.mean
+    multiple = model.size_divisibility or 1
+    padded_size = [side + -side % multiple for side in size]
+    x = mean.expand(3, *padded_size).clone()
+    x[:, :size[0], :size[1]] = resize(image.to(mean.device), list(size), antialias=True)
+    return x
 
 
 def upsample(x, size):                                               # [n, ., .] -> [n, *size]
@@ -320,7 +268,7 @@ def predict(model, image, is_thing, test_short_side, test_max_long_side, object_
         else:
             scores = class_scores(*network_output(model, image, scaled, amp=amp))
         if flip:
-            mirrored = class_scores(*network_output(model, image, scaled, flip=True, amp=amp))
+            mirrored = class_scores(*network_output(model, image.flip(-1), scaled, amp=amp))
             scores = scores + mirrored.flip(-1)
         score_maps.append(scores)
     return best_class(score_maps, original), segment_map, segments
@@ -350,7 +298,7 @@ def has_instances(model, task):
     return type(model) is MaskFormer and task == "panoptic"
 
 
-# ------------------------------------------------------------------------------------ evaluation
+# --------------------------------------------------------------------------------------- evaluation
 def evaluate(model, dataset, inference=None, save=None, workers=0, task="panoptic", **options):
     """Metrics of a model in eval mode: {"mIoU", "fwIoU", "mACC", "pACC", "IoU" [K], "PQ", ...}.
 
@@ -376,23 +324,26 @@ def evaluate(model, dataset, inference=None, save=None, workers=0, task="panopti
     loader = DataLoader(Subset(dataset, mine), batch_size=None, num_workers=workers,
                         worker_init_fn=ignore_stop_signals)
     for image, segment_map, class_of, crowd, name in with_progress(loader, "evaluating"):
-        label, predicted, segments = predict(model, image, dataset.is_thing, panoptic=panoptic,
-                                             inference=inference, **options)
+        label_map, predicted, segments = predict(model, image, dataset.is_thing, panoptic=panoptic,
+                                                 inference=inference, **options)
         if save:
-            annotations += save_prediction(save, name, image, dataset, label, predicted, segments)
+            save_label_map(save, name, dataset, label_map)
+            save_overlay(save, name, dataset, image, label_map, predicted, segments)
+            if panoptic:
+                annotations.append(save_segments(save, name, dataset, predicted, segments))
         if not dataset.has_truth:
-            found = [dataset.classes[k] for k in label.unique().tolist() if k < K]
+            found = [dataset.classes[k] for k in label_map.unique().tolist() if k < K]
             print(f"{name}: {', '.join(found)}", flush=True)
             continue
-        label = label.cpu()
-        target = label_map(segment_map, class_of, void)
-        matrix.update(label, target)
+        label_map = label_map.cpu()
+        target = to_label_map(segment_map, class_of, void)
+        matrix.update(label_map, target)
         if instances:
             truth = [{"id": i, "category_id": k, "iscrowd": i in crowd}
                      for i, k in class_of.items()]
             quality.update(predicted, segments, segment_map, truth)
         else:
-            quality.update(*class_regions(label, void), *class_regions(target, void))
+            quality.update(*class_regions(label_map, void), *class_regions(target, void))
 
     if save and panoptic:
         save_coco_json(save, dataset, annotations)
@@ -459,43 +410,44 @@ def check_names(folder, dataset):
         raise UserError(f"--save {folder}: some images have the same name; so would their results")
 
 
-def save_prediction(folder, name, image, dataset, label, segment_map, segments):
-    """Writes semantic/NAME.png (the publisher's label values) and overlay/NAME.jpg; given segments
-    also panoptic/NAME.png, in COCO's format (id = R + 256 G + 65536 B).
-
-    -> the entry of this image in COCO's json, in a list; [] without segments
-    """
-    folder = Path(folder)
-    K = len(dataset.classes)
+def save_label_map(folder, name, dataset, label_map):
+    """Writes semantic/NAME.png: the publisher's label value of each pixel, and a void value."""
     void = 0                                         # or, if that is a class, a value that is none
     if 0 in dataset.label_values:
         void = void_label(max(dataset.label_values) + 1)
     value_of_class = np.array([*dataset.label_values, void])         # the last: void
     value_of_class = value_of_class.astype(np.uint8 if value_of_class.max() <= 255 else np.uint16)
-    values = value_of_class[label.cpu().clamp(max=K).numpy()]        # void_label(K) is at least K
-    picture_of(values, folder / "semantic" / f"{name}.png")
+    K = len(dataset.classes)
+    values = value_of_class[label_map.cpu().clamp(max=K).numpy()]    # void_label(K) is at least K
+    picture_of(values, Path(folder) / "semantic" / f"{name}.png")
 
-    if segments is None:
-        regions, region_list = class_regions(label, void_label(K))
-        picture = overlay(image, regions, region_list, dataset.classes)
-    else:
-        picture = overlay(image, segment_map, segments, dataset.classes)
-    (folder / "overlay").mkdir(parents=True, exist_ok=True)
-    picture.save(folder / "overlay" / f"{name}.jpg", quality=92)
-    if segments is None:
-        return []
 
+def save_overlay(folder, name, dataset, image, label_map, segment_map, segments):
+    """Writes overlay/NAME.jpg: the image under its segments, or else under its classes."""
+    if segments is None:
+        segment_map, segments = class_regions(label_map, void_label(len(dataset.classes)))
+    picture = overlay(image, segment_map, segments, dataset.classes)
+    path = Path(folder) / "overlay" / f"{name}.jpg"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path, quality=92)
+
+
+def save_segments(folder, name, dataset, segment_map, segments):
+    """Writes panoptic/NAME.png, in COCO's format (id = R + 256 G + 65536 B).
+
+    -> the entry of this image in COCO's json, and the image's size
+    """
     ids = segment_map.cpu().numpy()
-    picture_of(np.stack([ids & 255, ids >> 8 & 255, ids >> 16], -1).astype(np.uint8),
-               folder / "panoptic" / f"{name}.png")
+    rgb = np.stack([ids & 255, ids >> 8 & 255, ids >> 16], -1).astype(np.uint8)
+    picture_of(rgb, Path(folder) / "panoptic" / f"{name}.png")
     listed = []
     for segment in segments:
         category = dataset.category_ids[segment["category_id"]]
         area = int((ids == segment["id"]).sum())
         listed.append(segment | {"category_id": category, "area": area})
     image_id = dataset.image_ids.get(name, name)
-    return [{"image_id": image_id, "file_name": f"{name}.png", "segments_info": listed,
-             "height": ids.shape[0], "width": ids.shape[1]}]
+    return {"image_id": image_id, "file_name": f"{name}.png", "segments_info": listed,
+            "height": ids.shape[0], "width": ids.shape[1]}
 
 
 def picture_of(values, path):
@@ -528,9 +480,9 @@ def save_coco_json(folder, dataset, annotations):
     (Path(folder) / "panoptic.json").write_text(json.dumps(content))
 
 
-# ------------------------------------------------------------------------------------ pictures
+# ----------------------------------------------------------------------------------------- pictures
 def color_of(k):
-    """A color [R, G, B] for number k, far from those of its neighbours."""
+    """A color [R, G, B] for number k, far from those of its neighbors."""
     return [int(255 * x) for x in colorsys.hsv_to_rgb(0.618 * k % 1, 0.75, 0.9)]
 
 
@@ -629,7 +581,7 @@ def draw_predictions(model, dataset, path, **options):
 
 
 @torch.no_grad()
-def draw_queries(model, dataset, path, test_short_side, test_max_long_side, **_):
+def draw_queries(model, dataset, path, test_short_side, test_max_long_side):
     """queries.png: for three images, the masks of the seven queries that are surest of their class;
     in the last row, those of the surest query of the last image after each decoder layer."""
     box = (240, 180)
@@ -655,14 +607,16 @@ def draw_queries(model, dataset, path, test_short_side, test_max_long_side, **_)
 
 
 def outputs_of_layers(model, image, size):
-    """-> for each decoder layer class_logits [Q, K+1] and mask_logits [Q, h, w] of an image."""
-    x = resize(image.to(model.backbone.mean.device), size, antialias=True)
+    """-> for each decoder layer class_logits [Q, K+1] and mask_logits [Q, *size] of an image."""
+    x = network_input(model, image, size)
     model.training = True                # the model alone, not its parts: all layers, no dropout
     try:
         class_logits, mask_logits = model(x[None])
     finally:
         model.training = False
-    return zip(class_logits[:, 0], mask_logits[:, 0])
+    mask_logits = [upsample(layer, x.shape[-2:])[:, :size[0], :size[1]]
+                   for layer in mask_logits[:, 0]]
+    return zip(class_logits[:, 0], mask_logits)
 
 
 def picture_of_mask(mask_logits, caption, box):                      # [., .] -> PIL picture
@@ -674,7 +628,7 @@ def picture_with_caption(image, caption, box):                       # [3, ., .]
     return overlay(image, image[0], [], [], caption, box)
 
 
-# ------------------------------------------------------------------------------------ loading
+# ------------------------------------------------------------------------------------------ loading
 def load_checkpoint(path):
     """-> the content of a checkpoint of train.py. No code in the file is run."""
     try:
@@ -727,7 +681,60 @@ def photos(given, info):
     return without_truth(paths, info)
 
 
-# ------------------------------------------------------------------------------------ the command
+# ---------------------------------------------------------------------------------------- processes
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0           # the number of this process
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1     # how many processes there are
+
+
+def sum_over_processes(value):
+    """Adds up a tensor over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def pick_device():
+    """The GPU of this process, or the CPU if there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(f"--nproc-per-node: there are only {torch.cuda.device_count()} GPUs here")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def backend_for(device):
+    """CPU tensors go by gloo, GPU tensors by nccl where it exists (not on Windows)."""
+    on_gpu = device.type == "cuda" and dist.is_nccl_available()
+    return "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+
+
+def rendezvous():
+    """-> the store, rank and world size that torchrun gives, for `init_process_group`.
+
+    A job that torchrun restarts finds in the store the addresses of its dead processes, and might
+    wait for them forever: the prefix hides them.
+    """
+    store, number, count = next(dist.rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return {"store": dist.PrefixStore(f"attempt {attempt}", store),
+            "rank": number,
+            "world_size": count}
+
+
+def pick_amp(name, device):
+    """The precision that `--amp auto` stands for: bf16 on a GPU that has it, else float32."""
+    if name != "auto":
+        return name
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "off"
+
+
+# -------------------------------------------------------------------------------------- the command
 class ArgumentParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line; there are too many flags to list them all."""
 
@@ -767,7 +774,7 @@ def checked(number, least, most):
 def run_command(main):
     """Runs a script's main function and exits with its code.
 
-    A mistake that the user can mend is one line and exit code 2, a bug a traceback and exit code 1.
+    A mistake that the user can fix is one line and exit code 2, a bug a traceback and exit code 1.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")                         # a console may lack characters

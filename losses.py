@@ -82,10 +82,10 @@ def mask_classification_loss(class_logits, mask_logits, labels, masks, matches, 
 
 
 def per_pixel_loss(pixel_logits, label_map, void=255, num_pixels=None):
-    """Cross entropy of the baselines (Sec. 3.1): mean over labelled pixels, summed over the layers.
+    """Cross entropy of the baselines (Sec. 3.1): mean over labeled pixels, summed over the layers.
 
     pixel_logits [L, B, K, h, w], upsampled 4x and cropped; label_map [B, H, W]: classes or `void`
-    num_pixels: labelled pixels averaged over processes (NOTE 6; default: those of this batch)
+    num_pixels: labeled pixels averaged over processes (NOTE 6; default: those of this batch)
     """
     L, B, K, h, w = pixel_logits.shape
     H, W = label_map.shape[-2:]

@@ -17,11 +17,11 @@ Paper     its N is our Q · its C_E and C_Q are our D
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models.swin_transformer import SwinTransformerBlock
+from timm.models.swin_transformer import SwinTransformerBlock, SwinTransformerStage
 from torch import nn
 
 
-# ------------------------------------------------------------------------------------ backbone
+# ----------------------------------------------------------------------------------------- backbone
 class Backbone(nn.Module):
     """A timm backbone: images [B, 3, H, W] -> four maps, at strides 4, 8, 16 and 32.
 
@@ -90,9 +90,9 @@ def create_body(name, pretrained):
         body = timm.create_model(name, pretrained, features_only=True, drop_path_rate=0.3,
                                  strict_img_size=False, always_partition=True)
         body.patch_embed.dynamic_img_pad = True                      # any height and width
-        for block in body.modules():
-            if isinstance(block, SwinTransformerBlock):
-                block.__class__ = PadFirstSwinBlock                  # same weights, other padding
+        for stage in body.modules():
+            if isinstance(stage, SwinTransformerStage):
+                stage.blocks = nn.Sequential(*map(PadFirstSwinBlock, stage.blocks))
         return body
 
     if name == "resnet101c":
@@ -111,10 +111,13 @@ def create_body(name, pretrained):
 class PadFirstSwinBlock(SwinTransformerBlock):
     """NOTE 2: the released Swin pads its maps to whole windows and then shifts; timm shifts first.
 
-    timm has no option for this, so `create_body` turns its blocks into instances of this class.
-    The map is padded before timm's own attention, which then finds nothing to pad, and is cropped
-    afterwards.
+    timm has no option for this, so each of its blocks is replaced by one of these. The map is padded
+    before timm's own attention, which then finds nothing to pad, and is cropped afterwards.
     """
+
+    def __init__(self, block):
+        nn.Module.__init__(self)
+        vars(self).update(vars(block))                               # its settings, parts and weights
 
     def _attn(self, x):                                              # [B, H, W, C]
         H, W = x.shape[1:3]
@@ -158,7 +161,7 @@ def init_conv(module):
             nn.init.zeros_(module.bias)
 
 
-# ------------------------------------------------------------------------------------ transformer
+# -------------------------------------------------------------------------------------- transformer
 def sine_position(height, width, dim, device=None, temperature=10000):
     """-> [height width, dim]: half of the channels for y, half for x, sines and cosines in turn."""
     frequency = temperature ** -(torch.arange(0, dim // 2, 2, device=device) / (dim // 2))
@@ -198,7 +201,7 @@ class DecoderLayer(nn.TransformerDecoderLayer):
         return self.norm3(x + self.dropout3(self.linear2(hidden)))
 
 
-# ------------------------------------------------------------------------------------ models
+# ------------------------------------------------------------------------------------------- models
 class MaskFormer(nn.Module):
     """Fig. 2: images -> Q pairs of a class distribution and a binary mask.
 
@@ -346,7 +349,7 @@ def build_model(config, pretrained=False):
                       size_divisibility=config["size_divisibility"], **options)
 
 
-# ------------------------------------------------------------------------------------ inference
+# ---------------------------------------------------------------------------------------- inference
 def semantic_inference(class_logits, mask_logits):
     """Sec. 3.4: class_logits [B, Q, K+1], mask_logits [B, Q, H, W] -> class scores [B, K, H, W]."""
     class_prob = class_logits.softmax(-1)[..., :-1]                  # drop "no object"

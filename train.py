@@ -44,7 +44,7 @@ from matcher import fixed_match, hungarian_match, matching_cost
 STOPPED = 75                                                     # exit code after SIGTERM
 
 
-# ------------------------------------------------------------------------------------ recipes
+# ------------------------------------------------------------------------------------------ recipes
 def row(crop, side, sizes, test_max_long_side, batch_size, steps, **more):
     """A line of appendix A's table; sizes in pixels.
 
@@ -78,7 +78,7 @@ RECIPES = {
                            max_long_side=1333, encoder_layers=6, size_divisibility=0,
                            schedule="step", milestones=[369_600]),
 
-    # Modelled on the closest of these:
+    # Modeled on the closest of these:
     "cityscapes-panoptic": row((512, 1024), 1024, HALF_TO_2, 2048, 16, 90_000, encoder_layers=6),
     "voc":             row((512, 512),   512, HALF_TO_2,   2048,  16,     40_000),
     "folder":          row((512, 512),   512, HALF_TO_2,   2048,  16,     40_000),
@@ -105,7 +105,7 @@ def recipe(dataset, backbone="resnet50"):
     return settings
 
 
-# ------------------------------------------------------------------------------------ flags
+# -------------------------------------------------------------------------------------------- flags
 def parse_args(argv=None):
     """The command line -> all settings of a run.
 
@@ -299,7 +299,7 @@ def validate_args(args):
           "--init sets the backbone, too: drop --init-backbone")
 
 
-# ------------------------------------------------------------------------------------ optimization
+# ------------------------------------------------------------------------------------- optimization
 def parameter_groups(model, args):
     """Appendix A: the backbone's own rate; no decay on norms, embeddings and relative positions."""
     without_decay = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.Embedding)
@@ -332,7 +332,7 @@ def lr_factor(step, args):
 
 
 def target_count(batches, args):
-    """Segments (baselines: labelled pixels) of a forward pass, a mean over passes and processes."""
+    """Segments (baselines: labeled pixels) of a forward pass, a mean over passes and processes."""
     if args.model == "maskformer":
         count = sum(len(batch.labels) for batch in batches)
         count = torch.full((), count, device=batches[0].labels.device)
@@ -406,7 +406,7 @@ def training_step(step, batches, model, optimizer, scaler, args, loss_of=compute
     return sums | {"grad_norm": grad_norm}
 
 
-# ------------------------------------------------------------------------------------ start
+# -------------------------------------------------------------------------------------------- start
 def load_datasets(args):
     """-> training samples, held-out images; sets `args.num_classes` and `args.task`."""
     options = {}
@@ -588,7 +588,7 @@ def git_revision():
     return result.stdout.strip() or None
 
 
-# ------------------------------------------------------------------------------------ log and save
+# ------------------------------------------------------------------------------------- log and save
 def write_atomically(path, content):
     """Writes text (anything else: torch.save) under another name and renames: never half a file."""
     unfinished = path.with_suffix(".part")
@@ -604,7 +604,7 @@ def write_atomically(path, content):
     except (OSError, RuntimeError) as error:                     # torch: RuntimeError if disk full
         unfinished.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written ({error}); the file that was there is "
-                        "untouched. Mend this, then continue with --output DIR --resume") from error
+                        "untouched. Fix this, then continue with --output DIR --resume") from error
 
 
 def save_checkpoint(path, model, optimizer, scaler, step, best, args, dataset):
@@ -669,7 +669,8 @@ def evaluate_run(model, test_set, folder, step, args):
         print(f"step {step}/{args.steps}  held-out  {single_numbers(metrics)}", flush=True)
         draw_predictions(model, test_set, folder / "predictions.png", **options)
         if args.model == "maskformer":
-            draw_queries(model, test_set, folder / "queries.png", **options)
+            draw_queries(model, test_set, folder / "queries.png", args.test_short_side,
+                         args.test_max_long_side)
     model.train()
     return metrics
 
@@ -691,7 +692,7 @@ class StopSignal:
         return sum_over_processes(torch.tensor(int(self.received))).item() > 0
 
 
-# ------------------------------------------------------------------------------------ training
+# ----------------------------------------------------------------------------------------- training
 @record                                          # torchrun reports the process that failed first
 def train(args, device):
     """A whole run -> held-out images, metrics (None if a signal stopped it), folder."""

@@ -19,7 +19,7 @@ SMALL = ("--crop 64 64 --short-side 64 --max-long-side 96 --test-short-side 64 "
          "--test-max-long-side 96 --steps 1 --batch-size 2 --no-pretrained").split()
 
 
-# ------------------------------------------------------------------------------------ good data
+# ---------------------------------------------------------------------------------------- good data
 def picture(mode="RGB", size=(48, 40)):
     rng = np.random.default_rng(0)
     return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8)).convert(mode)
@@ -79,7 +79,7 @@ def told(capsys):
     return check
 
 
-# ------------------------------------------------------------------------------------ files
+# -------------------------------------------------------------------------------------------- files
 def half_of(path):
     path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
 
@@ -139,11 +139,11 @@ def test_every_dataset_tells_where_it_was_expected(tmp_path, told, name):
 
 
 PICTURES = {
-    "grey": ("L", "0.png"),
+    "gray": ("L", "0.png"),
     "palette": ("P", "0.png"),
     "black and white": ("1", "0.png"),
     "RGBA": ("RGBA", "0.png"),
-    "grey with alpha": ("LA", "0.png"),
+    "gray with alpha": ("LA", "0.png"),
     "CMYK": ("CMYK", "0.jpg"),
     "WebP": ("RGB", "0.webp"),
     "TIFF": ("RGB", "0.TIF"),
@@ -167,7 +167,7 @@ def test_a_picture_of_one_pixel_is_trained_and_tested_on(tmp_path, folder):
                "--output", tmp_path / "run") == 0
 
 
-# ------------------------------------------------------------------------------------ checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 @pytest.mark.parametrize("flags, words", [
     (["--dim", 64], ["last.pt", "another run", "size mismatch"]),
     (["--backbone", "resnet10t"], ["last.pt", "another run"]),
@@ -225,7 +225,7 @@ def test_weights_that_cannot_be_used_are_named(tmp_path, good, told, flag, name,
     assert not (tmp_path / "run").exists()
 
 
-# ------------------------------------------------------------------------------------ evaluate.py
+# -------------------------------------------------------------------------------------- evaluate.py
 EVALUATED = {
     "--checkpoint nothing.pt": ["nothing.pt", "No such file"],
     "--dataset folder --data-root {good}/folder": ["6 classes", "the dataset 3", "--data-root"],
@@ -253,7 +253,7 @@ def test_evaluate_tells_what_it_cannot_do(good, told, flags):
     told(evaluate.main, argv, *EVALUATED[flags])
 
 
-# ------------------------------------------------------------------------------------ train.py
+# ----------------------------------------------------------------------------------------- train.py
 FLAGS = {
     "--steps 0": ["--steps", "0 is not 1 or more"],
     "--eval-every -1": ["--eval-every", "-1 is not 0 or more"],

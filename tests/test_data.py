@@ -22,7 +22,7 @@ def same(ours, theirs):
                for a, b in zip(ours, theirs, strict=True))
 
 
-# ------------------------------------------------------------------------------------ drawn shapes
+# ------------------------------------------------------------------------------------- drawn shapes
 
 def test_a_drawn_picture_is_a_function_of_seed_split_and_index():
     first = build_dataset("shapes", split="train")
@@ -98,7 +98,7 @@ def test_the_example_in_the_docstring_of_data_runs():
     assert names["batch"].images.shape == (2, 3, 64, 96)
 
 
-# --------------------------------------------------------------------------------------- real data
+# ---------------------------------------------------------------------------------------- real data
 
 def score_of_truth(dataset, indices):
     """The metrics of the truth of some images, given back as the prediction."""
@@ -110,7 +110,7 @@ def score_of_truth(dataset, indices):
         assert image.shape[1:] == segment_map.shape
         assert set(segment_map.unique().tolist()) <= set(class_of) | {0}
         regions, merged = merge_classes(segment_map, class_of)
-        label = data.label_map(regions, merged, void=255)
+        label = data.to_label_map(regions, merged, void=255)
         matrix.update(label, label)
         segments = [{"id": i, "category_id": k, "iscrowd": i in crowd} for i, k in class_of.items()]
         answer = [segment for segment in segments if not segment["iscrowd"]]
@@ -157,7 +157,7 @@ def test_truth_as_prediction_scores_100_on_coco():
     assert_perfect(score_of_truth(dataset, range(2)))
 
 
-# ------------------------------------------------------------------------------------ augmentation
+# ------------------------------------------------------------------------------------- augmentation
 
 def marked(height, width):
     """An image whose red channel tells the segment: 40 * id; ids 1..5 and void 0 are columns."""
@@ -230,14 +230,14 @@ def test_color_distortion_changes_colors_and_nothing_else():
 
 def test_each_color_distortion_has_a_coin_of_its_own_and_its_limit():
     augment = Augmentation([8], 8, (8, 8))
-    grey, red = [], []
+    gray, red = [], []
     for seed in range(200):
         torch.manual_seed(seed)
-        for color, seen in (((100, 100, 100), grey), ((210, 90, 90), red)):
+        for color, seen in (((100, 100, 100), gray), ((210, 90, 90), red)):
             image = torch.tensor(color, dtype=torch.uint8)[:, None, None].repeat(1, 8, 8)
             distorted, _ = augment(image, torch.zeros(8, 8, dtype=torch.uint8))
             seen.append(distorted[:, 0, 0].tolist())
-    levels = [r for r, g, b in grey]                 # only brightness changes a plain grey image
+    levels = [r for r, g, b in gray]                 # only brightness changes a plain gray image
     assert 70 < levels.count(100) < 130
     assert 86 <= min(levels) < 92
     assert 108 < max(levels) <= 113
@@ -291,7 +291,7 @@ def test_test_size_is_the_short_side_unless_the_long_side_gets_too_long():
     assert set(segment_map.unique().tolist()) == set(range(6))
 
 
-# ----------------------------------------------------------------------------- samples and batches
+# ------------------------------------------------------------------------------ samples and batches
 
 class FakeDataset:
     """`length` times the same item, but for its name."""

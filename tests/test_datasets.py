@@ -64,7 +64,7 @@ def write_text(path, text):
     path.write_text(text)
 
 
-# ---------------------------------------------------------------------------------------- replicas
+# ----------------------------------------------------------------------------------------- replicas
 
 ADE_THINGS = [int(k) for k in """
     8 9 11 13 15 16 19 20 21 23 24 25 28 31 32 33 34 36 37 38 39 40 42 43 44 45 46 48 50 51 54 56
@@ -185,7 +185,7 @@ CITYSCAPES = {7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence",
               19: "traffic light", 20: "traffic sign", 21: "vegetation", 22: "terrain", 23: "sky",
               24: "person", 25: "rider", 26: "car", 27: "truck", 28: "bus", 31: "train",
               32: "motorcycle", 33: "bicycle"}
-CITY_LABELS = [0, 1, 4, 7, 8, 10, 11, 23, 24, 29, 31, 33, 30, 255]   # 255: a licence plate, -1
+CITY_LABELS = [0, 1, 4, 7, 8, 10, 11, 23, 24, 29, 31, 33, 30, 255]   # 255: a license plate, -1
 CITY_INSTANCES = [4, 7, 24000, 24001, 24, 26000, 26, 29000, 29, 30001, 33005, 8, 25, 7]
 
 
@@ -250,7 +250,7 @@ def replica(tmp_path_factory):
     return make
 
 
-# ----------------------------------------------------------------------------------- facts of each
+# ------------------------------------------------------------------------------------ facts of each
 
 @pytest.mark.parametrize("name, classes, things", [
     ("ade20k", 150, 0), ("ade20k-panoptic", 150, 100), ("ade20k-full", 847, 0),
@@ -487,7 +487,7 @@ def test_voc_is_laid_out_as_torchvision_does(replica):
     for (image, truth), item in zip(theirs, ours, strict=True):
         assert np.array_equal(np.array(image), item[0].permute(1, 2, 0))
         values = np.array(truth).astype(int)
-        assert np.array_equal(values, data.label_map(*item[1:3], void=255))
+        assert np.array_equal(values, data.to_label_map(*item[1:3], void=255))
 
 
 @pytest.mark.parametrize("name", REPLICAS)
@@ -503,7 +503,7 @@ def test_a_dataset_travels_to_workers_that_are_spawned(name, replica):
             assert ours == theirs
 
 
-# ---------------------------------------------------------------------------- splits without truth
+# ----------------------------------------------------------------------------- splits without truth
 
 @pytest.mark.parametrize("name, image, image_id", [
     ("cityscapes", "cityscapes/leftImg8bit/test/berlin/berlin_000000_000019_leftImg8bit.png",
@@ -543,7 +543,7 @@ def test_a_test_split_without_images_is_named(replica):
         build_dataset("coco-panoptic", replica("coco-panoptic"), "test")
 
 
-# --------------------------------------------------------------------------- the truth, given back
+# ---------------------------------------------------------------------------- the truth, given back
 
 class Oracle(nn.Module):
     """Answers the n-th image with the truth of the n-th item: a query for each segment, and two
@@ -620,7 +620,7 @@ def test_the_semantic_classes_of_panoptic_truth_are_those_of_semantic_truth(name
     assert torch.equal(panoptic[0][0], semantic[0][0])
 
 
-# ----------------------------------------------------------------------------------- wrong layouts
+# ------------------------------------------------------------------------------------ wrong layouts
 
 TOP_FOLDER = {"ade20k": "ADEChallengeData2016", "ade20k-panoptic": "ADEChallengeData2016",
               "ade20k-full": "ADE20K_2021_17_01", "coco-panoptic": "coco/",
@@ -707,7 +707,7 @@ def test_a_category_outside_the_hundred_is_named_with_its_file(tmp_path):
         build_dataset("ade20k-panoptic", tmp_path, "val")[0]
 
 
-# ---------------------------------------------------------------------------------------- the page
+# ----------------------------------------------------------------------------------------- the page
 
 @pytest.mark.parametrize("name", [*REPLICAS, "shapes"])
 def test_the_page_says_the_number_of_classes_and_things(name, replica):
@@ -717,7 +717,7 @@ def test_the_page_says_the_number_of_classes_and_things(name, replica):
     assert things == (str(sum(dataset.is_thing)) if dataset.panoptic else "")
 
 
-# ---------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------- training
 
 TINY = ("--backbone resnet10t --no-pretrained --queries 8 --decoder-layers 1 --encoder-layers 0 "
         "--dim 32 --heads 4 --ffn-dim 32 --steps 2 --batch-size 4 --short-side 64 "

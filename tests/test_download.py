@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONTENT = np.random.default_rng(0).bytes(200_000)
 
 
-# ------------------------------------------------------------------------------------ the server
+# --------------------------------------------------------------------------------------- the server
 class Handler(http.server.BaseHTTPRequestHandler):
     """Serves `server.files`; closes the next download after `server.cut` bytes."""
 
@@ -93,7 +93,7 @@ def files_below(folder):
             for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-# ------------------------------------------------------------------------------------ each dataset
+# ------------------------------------------------------------------------------------- each dataset
 ADE20K_FILES = ["ADEChallengeData2016/annotations/training/ADE_train_1.png",
                 "ADEChallengeData2016/images/training/ADE_train_1.jpg",
                 "ADEChallengeData2016/objectInfo150.txt"]
@@ -203,7 +203,7 @@ def test_your_own_drawn_and_unknown_data_are_not_downloaded(name, message, tmp_p
         download(name, tmp_path)
 
 
-# ------------------------------------------------------------------------------------ mishaps
+# ------------------------------------------------------------------------------------------ mishaps
 def offer(server, monkeypatch, content, file_name="small.zip", checksum=None):
     """Makes this archive all that `ade20k` consists of."""
     server.files[file_name] = content
@@ -352,7 +352,7 @@ def test_an_archive_that_is_already_there_is_only_unpacked(small, server, tmp_pa
     assert is_complete(tmp_path) and server.downloads == []
 
 
-# ------------------------------------------------------------------------------------ safety
+# ------------------------------------------------------------------------------------------- safety
 @pytest.mark.parametrize("packed, file_name", [(zipped, "small.zip"), (tarred, "small.tar")])
 @pytest.mark.parametrize("path", ["../evil.txt", "ADEChallengeData2016/../../../evil.txt",
                                   "{top}/evil.txt"])
@@ -389,7 +389,7 @@ def test_no_link_in_an_archive_leads_outside_the_root(server, monkeypatch, tmp_p
     assert files_below(tmp_path) == {}
 
 
-# ------------------------------------------------------------------------------------ the command
+# -------------------------------------------------------------------------------------- the command
 def test_the_command_answers_a_mistake_with_one_line_and_exit_code_2(monkeypatch, capsys):
     script = str(ROOT / "tools" / "download.py")
     monkeypatch.setattr(sys, "argv", [script, "cityscapes"])

@@ -75,7 +75,7 @@ def predict(model, image, short_side=40, max_long_side=400, *thresholds, **optio
                             **options)
 
 
-# ------------------------------------------------------------------------------------ prediction
+# --------------------------------------------------------------------------------------- prediction
 @pytest.mark.parametrize("size_divisibility", [0, 32])
 def test_padding_is_cropped_before_masks_return_to_the_original_size(size_divisibility):
     model, image = StripesModel(size_divisibility), noise(40, 72)
@@ -87,7 +87,7 @@ def test_padding_is_cropped_before_masks_return_to_the_original_size(size_divisi
     canvas, = model.seen[0]
     assert canvas.shape == ((3, 64, 96) if size_divisibility else (3, 40, 72))
     assert torch.equal(canvas[:, :40, :72], image.float())
-    mean = model.backbone.mean                                       # zero once it is normalised
+    mean = model.backbone.mean                                       # zero once it is normalized
     assert (canvas[:, 40:] == mean).all() and (canvas[:, :, 72:] == mean).all()
 
 
@@ -203,7 +203,7 @@ def test_classes_of_a_large_photo_need_little_memory():
     assert 20_000 < grown < 450_000                                  # all scores: 900,000
 
 
-# ------------------------------------------------------------------------------------ evaluation
+# --------------------------------------------------------------------------------------- evaluation
 def sample_of_two_segments(index=0):
     """-> image, segment map of a thing and a crowd of its class, classes, crowd ids, name."""
     image = torch.full((3, 1, 4), index, dtype=torch.uint8)
@@ -308,8 +308,7 @@ def three_classes(**options):
 
 def values_saved(folder, dataset, label):
     label = torch.tensor([label])
-    image = torch.zeros(3, *label.shape, dtype=torch.uint8)
-    assert evaluate.save_prediction(folder, "x", image, dataset, label, None, None) == []
+    evaluate.save_label_map(folder, "x", dataset, label)
     with Image.open(folder / "semantic/x.png") as png:
         return np.array(png).tolist()[0]
 
@@ -318,15 +317,13 @@ def test_saved_segments_are_in_cocos_format_with_the_publishers_numbers(tmp_path
     segment_map = torch.tensor([[1, 300, 300, 0]], dtype=torch.int32)
     segments = [{"id": 1, "category_id": 0, "isthing": True, "score": 0.9},
                 {"id": 300, "category_id": 2, "isthing": False, "score": 0.8}]
-    label, image = torch.tensor([[0, 2, 2, 255]]), torch.zeros(3, 1, 4, dtype=torch.uint8)
-    annotation, = evaluate.save_prediction(tmp_path, "x", image, three_classes(image_ids={"x": 42}),
-                                           label, segment_map, segments)
+    dataset = three_classes(image_ids={"x": 42})
+    annotation = evaluate.save_segments(tmp_path, "x", dataset, segment_map, segments)
     with Image.open(tmp_path / "panoptic/x.png") as png:             # 300 = 44 + 256
         assert np.array(png).tolist() == [[[1, 0, 0], [44, 1, 0], [44, 1, 0], [0, 0, 0]]]
     assert (annotation["image_id"], annotation["file_name"]) == (42, "x.png")
     found = [(s["id"], s["category_id"], s["area"]) for s in annotation["segments_info"]]
     assert found == [(1, 7, 1), (300, 33, 2)]
-    assert (tmp_path / "overlay/x.jpg").exists()
 
 
 def test_saved_label_maps_hold_the_publishers_values_and_a_void_that_is_none_of_them(tmp_path):
@@ -365,7 +362,7 @@ def test_the_json_of_segments_has_the_images_categories_and_annotations_of_all_p
     assert all(len(color) == 3 and 0 <= min(color) <= max(color) <= 255 for color in colors)
 
 
-# ------------------------------------------------------------------------------------ pictures
+# ----------------------------------------------------------------------------------------- pictures
 def as_tensor(picture):
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
@@ -431,7 +428,7 @@ def test_in_a_box_a_picture_has_the_size_of_the_box(height, width):
     assert picture.size == (320, 240)
 
 
-def test_neighbouring_colors_differ():
+def test_neighboring_colors_differ():
     colors = torch.tensor([evaluate.color_of(k) for k in range(20)])
     assert (colors[1:] - colors[:-1]).abs().max(1).values.min() > 80
 
@@ -480,7 +477,7 @@ def test_queries_png_shows_the_surest_queries_and_one_of_them_after_each_decoder
     captions = watched_captions(monkeypatch)
     model, dataset = tiny_model(), build_dataset("shapes", split="val", num_classes=K)
     path = tmp_path / "queries.png"
-    evaluate.draw_queries(model, dataset, path, **TEST_OPTIONS)
+    evaluate.draw_queries(model, dataset, path, 64, 96)
     with Image.open(path) as picture:
         assert picture.size == (8 * 240, 4 * 180)
 
@@ -498,7 +495,7 @@ def test_queries_png_shows_the_surest_queries_and_one_of_them_after_each_decoder
 def test_outputs_of_layers_are_those_of_training_without_dropout():
     model, image = tiny_model(), noise(64, 96)
     with torch.no_grad():
-        layers = list(evaluate.outputs_of_layers(model, image, [64, 96]))
+        layers = list(evaluate.outputs_of_layers(model, image, (64, 96)))
         last_class_logits, last_mask_logits = model(image[None])
         without_dropout = tiny_model(dropout=0.).train()
         class_logits, mask_logits = without_dropout(image[None])
@@ -506,12 +503,13 @@ def test_outputs_of_layers_are_those_of_training_without_dropout():
     assert len(layers) == 3
     for l in range(3):
         torch.testing.assert_close(layers[l][0], class_logits[l, 0])
-        torch.testing.assert_close(layers[l][1], mask_logits[l, 0])
+        masks = evaluate.upsample(mask_logits[l, 0], (64, 96))
+        torch.testing.assert_close(layers[l][1], masks)
     torch.testing.assert_close(layers[2][0], last_class_logits[0, 0])
-    torch.testing.assert_close(layers[2][1], last_mask_logits[0, 0])
+    torch.testing.assert_close(layers[2][1], evaluate.upsample(last_mask_logits[0, 0], (64, 96)))
 
 
-# ------------------------------------------------------------------------------------ loading
+# ------------------------------------------------------------------------------------------ loading
 def checkpoint(**flags):
     config = FLAGS | TEST_OPTIONS | {"task": "panoptic"} | flags
     return {"model": tiny_model(**flags).state_dict(), "config": config, "classes": NAMES,
@@ -582,7 +580,7 @@ def test_no_code_in_a_checkpoint_is_run(tmp_path):
     assert not (tmp_path / "trapped").exists()
 
 
-# ------------------------------------------------------------------------------------ one's photos
+# ------------------------------------------------------------------------------------- one's photos
 @pytest.fixture
 def photo(tmp_path):
     path = tmp_path / "photo.png"
@@ -657,7 +655,7 @@ def test_a_folder_without_photos_is_named(tmp_path):
         evaluate.photos([str(tmp_path)], checkpoint())
 
 
-# ------------------------------------------------------------------------------------ commands
+# ----------------------------------------------------------------------------------------- commands
 def ending(main, capsys):
     """-> exit code of a command, what it printed as errors."""
     with pytest.raises(SystemExit) as ended:
@@ -666,7 +664,7 @@ def ending(main, capsys):
 
 
 @pytest.mark.parametrize("error, code, told", [
-    (UserError("photo.jpg is grey:\n paint it"), 2, "error: photo.jpg is grey: paint it\n"),
+    (UserError("photo.jpg is gray:\n paint it"), 2, "error: photo.jpg is gray: paint it\n"),
     (FileNotFoundError(2, "No such file", "a.png"), 2, "error: [Errno 2] No such file: 'a.png'\n"),
     (torch.OutOfMemoryError("CUDA out of memory."), 2, "error: CUDA out of memory.\n"),
     (KeyboardInterrupt(), 130, "interrupted\n"),
@@ -690,7 +688,7 @@ def test_a_command_exits_with_its_own_code(capsys):
 
 class Broken(Dataset):
     """Each item raises the error of its number."""
-    errors = [UserError("photo.jpg is grey:\n paint it"),
+    errors = [UserError("photo.jpg is gray:\n paint it"),
               FileNotFoundError(2, "No such file", "a.png")]
 
     def __getitem__(self, index):
@@ -698,7 +696,7 @@ class Broken(Dataset):
 
 
 @pytest.mark.parametrize("index, told", [
-    (0, "error: photo.jpg is grey: paint it\n"),
+    (0, "error: photo.jpg is gray: paint it\n"),
     (1, "error: [Errno 2] No such file: 'a.png'\n"),
 ])
 def test_of_an_error_in_a_loader_worker_its_message_alone_is_told(capsys, index, told):

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 
 import evaluate
-from data import build_dataset, label_map
+from data import build_dataset, to_label_map
 
 pytest.importorskip("cityscapesscripts")
 
@@ -29,7 +29,7 @@ def cityscapes(tmp_path):
         ids[:9] = 23                                                 # sky
         ids[6:12, 20:] = 11                                          # buildings
         ids[20:, :5] = 4                                             # static: not evaluated
-        # Two cars, a group of cars (crowd), two persons, and what nobody labelled.
+        # Two cars, a group of cars (crowd), two persons, and what nobody labeled.
         for i in (26000, 26001, 26, 24000, 24001, 0):
             y, x = rng.integers(0, 16), rng.integers(0, 26)
             ids[y:y + rng.integers(4, 8), x:x + rng.integers(5, 10)] = i
@@ -51,7 +51,7 @@ def shifted(dataset, index):
     present = segment_map.unique().tolist()
     segments = [{"id": i, "category_id": k, "isthing": dataset.is_thing[k], "score": 0.9}
                 for i, k in class_of.items() if i in present]
-    return label_map(segment_map, class_of, 255), segment_map, segments
+    return to_label_map(segment_map, class_of, 255), segment_map, segments
 
 
 class Model(nn.Module):

@@ -23,7 +23,7 @@ def photos(*shape):
     return torch.randint(256, shape, dtype=torch.uint8, generator=generator)
 
 
-# ------------------------------------------------------------------------------------ precisions
+# --------------------------------------------------------------------------------------- precisions
 @pytest.mark.parametrize("backbone, dtype", [("resnet10t", torch.bfloat16),
                                              ("resnet10t", torch.float16),
                                              (SWIN, torch.bfloat16)])
@@ -68,7 +68,7 @@ def test_a_bfloat16_model_has_a_gradient_for_every_parameter():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
 
 
-# ------------------------------------------------------------------------------------ copies
+# ------------------------------------------------------------------------------------------- copies
 @torch.no_grad()
 def test_a_deep_copy_predicts_the_same_and_shares_nothing():
     model = small(freeze_bn=True)
@@ -83,7 +83,7 @@ def test_a_deep_copy_predicts_the_same_and_shares_nothing():
     assert not any(norm.training for norm in twin.train().backbone.batch_norms())
 
 
-# ------------------------------------------------------------------------------------ graphs
+# ------------------------------------------------------------------------------------------- graphs
 def assert_equal_for_other_shapes(exported, model):
     """A graph that was recorded for 2 images of 64x96 gives the model's logits for other shapes."""
     for shape in OTHER_SHAPES:

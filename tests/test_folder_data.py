@@ -45,7 +45,7 @@ def labels_of(item):
     return [class_of.get(segment_map[0, x].item()) for x in changes]
 
 
-# ---------------------------------------------------------------------------------------- warnings
+# ----------------------------------------------------------------------------------------- warnings
 
 def test_a_warning_is_one_line_of_process_0(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "0")
@@ -56,7 +56,7 @@ def test_a_warning_is_one_line_of_process_0(capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
-# --------------------------------------------------------------------------- folders of label maps
+# ---------------------------------------------------------------------------- folders of label maps
 
 CLASSES = ("road", "car thing", "sky stuff")
 
@@ -109,7 +109,7 @@ GREY = Image.fromarray(np.full((H, W, 3), 77, np.uint8))
 
 @pytest.mark.parametrize("photo", [GREY.convert("L"), GREY.quantize(), GREY.convert("RGBA"),
                                    GREY.convert("LA")], ids=["L", "P", "RGBA", "LA"])
-def test_grey_palette_and_transparent_photos_become_rgb(photo, tmp_path):
+def test_gray_palette_and_transparent_photos_become_rgb(photo, tmp_path):
     make_folder(tmp_path, suffix=".png")
     photo.save(tmp_path / "images/val/b.png")
     image = build_dataset("folder", tmp_path, "val")[0][0]
@@ -183,7 +183,7 @@ CODINGS = {
     "1 bit": Image.fromarray(BINARY > 0),
     "three equal channels": Image.fromarray(np.stack([BINARY] * 3, -1)),
     "RGBA": Image.fromarray(np.stack([BINARY] * 3 + [np.full_like(BINARY, 200)], -1)),
-    "grey with transparency": Image.fromarray(BINARY).convert("LA"),
+    "gray with transparency": Image.fromarray(BINARY).convert("LA"),
 }
 
 
@@ -230,10 +230,10 @@ def test_255_classes_still_fit_with_255_as_void(tmp_path):
     assert segment_map.tolist() == blocks(2, 1, 0).tolist()
 
 
-# -------------------------------------------------------------------- void and colors of one's own
+# --------------------------------------------------------------------- void and colors of one's own
 
 def test_an_index_may_be_declared_void(tmp_path, capsys):
-    classes = ("road", "unlabelled void", "sky", "car thing")
+    classes = ("road", "unlabeled void", "sky", "car thing")
     make_folder(tmp_path, classes, values=(0, 1, 2, 3, 255))
     dataset = build_dataset("folder", tmp_path, "val")
     assert dataset.classes == ["road", "sky", "car"]
@@ -297,7 +297,7 @@ def test_a_colored_mask_is_refused_with_its_colors_if_none_are_listed(tmp_path):
 
 @pytest.mark.parametrize("lines, words", [
     ([], "lists no class"),
-    (["unlabelled void"], "lists no class"),
+    (["unlabeled void"], "lists no class"),
     (["road", "sky", "road thing"], "'road' more than once"),
     (["road 1 2 3", "sky"], "no color for 'sky'"),
     (["road 1 2 3", "sky 1 2 3"], r"\(1, 2, 3\) more than once"),
@@ -318,7 +318,7 @@ def test_names_may_hold_spaces_and_numbers(tmp_path):
     assert (line.name, line.color, line.kind) == ("traffic light", (0, 1, 2), "stuff")
 
 
-# -------------------------------------------------------- what would silently go wrong in training
+# --------------------------------------------------------- what would silently go wrong in training
 
 def test_masks_of_0_and_255_are_refused_with_the_remedy(tmp_path):
     make_folder(tmp_path, ("background", "road"), values=(0, 255, 0))
@@ -383,7 +383,7 @@ def test_a_single_class_is_told(tmp_path, capsys):
     assert "annotations/train: 'road' is the only class" in line
 
 
-# --------------------------------------------------------------------------- files that do not fit
+# ---------------------------------------------------------------------------- files that do not fit
 
 def test_an_image_without_annotation_is_named(tmp_path):
     make_folder(tmp_path)

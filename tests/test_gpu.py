@@ -215,13 +215,14 @@ def test_evaluation_and_pictures_mix_no_devices(flags, more, monkeypatch, tmp_pa
         found = run(save=tmp_path, **general)
         evaluate.draw_predictions(model, test_set, tmp_path / "predictions.png", **options)
         if args.model == "maskformer":
-            evaluate.draw_queries(model, test_set, tmp_path / "queries.png", **options)
+            evaluate.draw_queries(model, test_set, tmp_path / "queries.png", args.test_short_side,
+                                  args.test_max_long_side)
     # torchvision resizes bytes on a CPU, rounded floats elsewhere: hence the tolerance.
     expected = evaluate.single_numbers(expected)
     assert evaluate.single_numbers(found) == pytest.approx(expected, abs=0.5)
 
 
-# ------------------------------------------------------------------------------------ a real GPU
+# --------------------------------------------------------------------------------------- a real GPU
 def needs_bf16(amp):
     if amp == "bf16" and not torch.cuda.is_bf16_supported(False):
         pytest.skip("a GPU without bf16")

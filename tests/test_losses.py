@@ -44,7 +44,7 @@ def total_loss(outputs, labels, masks, owner, num_segments=None):
     return ce + 20 * focal + dice
 
 
-# ------------------------------------------------------- the method in float64, as plain loops
+# ------------------------------------------------------------ the method in float64, as plain loops
 def sigmoid(x):
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
@@ -109,7 +109,7 @@ def slow_losses(class_logits, mask_logits, labels, masks, matches, num_segments)
     return ce, focal, dice
 
 
-# ------------------------------------------------------------------------------------ values
+# ------------------------------------------------------------------------------------------- values
 @pytest.mark.parametrize("owner", [(0, 1, 0, 0, 1), (1,), ()])
 @pytest.mark.parametrize("size", [(H, W), (20, 24)])
 def test_losses_equal_plain_loops_in_float64(owner, size):
@@ -272,7 +272,7 @@ def test_the_mask_terms_may_come_from_another_function():
     assert torch.equal(torch.cat(asked), matches[3])
 
 
-# ------------------------------------------------------------------------------------ upsampling
+# --------------------------------------------------------------------------------------- upsampling
 @pytest.mark.parametrize("size", [(4 * h, 4 * w), (H, W), (h, w), (3, 2)])
 def test_masks_are_upsampled_bilinearly_to_any_size(size):
     x = torch.randn(4, h, w, requires_grad=True)
@@ -285,7 +285,7 @@ def test_masks_are_upsampled_bilinearly_to_any_size(size):
     torch.testing.assert_close(upsample(x[None], size)[0], expected)
 
 
-# ------------------------------------------------------------------------------------ gradients
+# ---------------------------------------------------------------------------------------- gradients
 @pytest.mark.parametrize("owner", [(), (1, 0, 1)])
 def test_every_parameter_gets_a_finite_gradient_even_without_segments(owner):
     model = tiny_model(freeze_bn=False, encoder_layers=1)

@@ -41,7 +41,7 @@ def as_tuple(output):
     return output if isinstance(output, tuple) else (output,)
 
 
-# ------------------------------------------------------------------------------------ shapes
+# ------------------------------------------------------------------------------------------- shapes
 def test_the_example_in_the_docstring_runs_and_has_the_shapes_it_says():
     lines = [line for line in maskformer.__doc__.split("\n") if re.match(r" {4}\S", line)]
     names, shapes = vars(maskformer).copy(), 0
@@ -108,7 +108,7 @@ def test_an_image_is_answered_alone_as_in_a_batch():
         torch.testing.assert_close(together[:, 1:2], alone, rtol=1e-4, atol=1e-4)
 
 
-# ------------------------------------------------------------------------------------ precision
+# ---------------------------------------------------------------------------------------- precision
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_logits_are_float32_under_autocast(kind, dtype):
@@ -124,12 +124,12 @@ def test_logits_are_float32_under_autocast(kind, dtype):
         assert not torch.equal(ours, ours.to(dtype).float())
 
 
-# ------------------------------------------------------------------------------------ backbone
+# ----------------------------------------------------------------------------------------- backbone
 @pytest.mark.parametrize("name, mean, std", [
     ("resnet18", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
     ("tf_efficientnetv2_s", (127.5, 127.5, 127.5), (127.5, 127.5, 127.5)),
 ])
-def test_backbones_normalise_with_their_own_mean_and_std(name, mean, std):
+def test_backbones_normalize_with_their_own_mean_and_std(name, mean, std):
     backbone = Backbone(name, pretrained=False)
     seen = []
     backbone.body.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -199,7 +199,7 @@ def test_a_backbone_without_strides_4_to_32_is_refused_by_name():
         Backbone(name, pretrained=False)
 
 
-def test_each_swin_map_is_normalised_and_no_resnet_map_is():
+def test_each_swin_map_is_normalized_and_no_resnet_map_is():
     swin = Backbone("swin_tiny_patch4_window7_224", pretrained=False)
     with torch.no_grad():
         for feature in swin.eval()(pictures()):
@@ -221,7 +221,7 @@ def test_swin_maps_are_padded_to_whole_windows_and_then_shifted():
     torch.testing.assert_close(block._attn(x), expected)
 
 
-# ------------------------------------------------------------------------------------ batch norms
+# -------------------------------------------------------------------------------------- batch norms
 FROZEN = ["test_resnet", "test_efficientnet"]        # timm's norms without and with an activation
 
 
@@ -371,7 +371,7 @@ def test_transformer_matrices_start_xavier_uniform():
             assert 0.9 * bound < parameter.abs().max() <= bound, name
 
 
-# ------------------------------------------------------------------------------------ transformer
+# -------------------------------------------------------------------------------------- transformer
 @pytest.mark.parametrize("height, width, dim", [(3, 5, 16), (1, 1, 8), (7, 2, 256)])
 def test_sine_positions_equal_a_slow_loop(height, width, dim):
     half = dim // 2
@@ -416,7 +416,7 @@ def randomised(layer):
     return layer.double()
 
 
-def test_a_decoder_layer_is_self_attention_cross_attention_and_feed_forward_each_then_normalised():
+def test_a_decoder_layer_is_self_attention_cross_attention_and_feed_forward_each_then_normalized():
     heads, pixels = 4, 13
     layer = randomised(DecoderLayer(D, heads, 48, 0., batch_first=True))
     x, query_pos = torch.randn(B, Q, D).double(), torch.randn(Q, D).double()
@@ -432,7 +432,7 @@ def test_a_decoder_layer_is_self_attention_cross_attention_and_feed_forward_each
         torch.testing.assert_close(output[b], y)
 
 
-def test_an_encoder_layer_is_self_attention_and_feed_forward_each_then_normalised():
+def test_an_encoder_layer_is_self_attention_and_feed_forward_each_then_normalized():
     heads, pixels = 4, 13
     layer = randomised(EncoderLayer(D, heads, 48, 0., batch_first=True))
     x, pos = torch.randn(B, pixels, D).double(), torch.randn(pixels, D).double()
@@ -538,7 +538,7 @@ def test_every_trainable_parameter_gets_a_gradient_that_is_not_zero(kind, option
     assert zero <= {"decoder.layers.0.self_attn.in_proj_weight"}
 
 
-# ----------------------------------------------------------------------- sizes of published models
+# ------------------------------------------------------------------------ sizes of published models
 @pytest.mark.parametrize("count, build", [
     (41_254_743, lambda: MaskFormer(150, "resnet50", False, freeze_bn=True)),
     (60_160_980, lambda: MaskFormer(19, "resnet101", False, freeze_bn=True)),
@@ -559,7 +559,7 @@ def test_parameter_counts_are_those_of_the_released_models(count, build):
     assert sum(parameter.numel() for parameter in learned) == count
 
 
-# ------------------------------------------------------------------------------------ build_model
+# -------------------------------------------------------------------------------------- build_model
 FLAGS = {"model": "maskformer", "backbone": "test_resnet", "num_classes": K, "dim": D,
          "freeze_bn": True, "queries": Q, "decoder_layers": L, "encoder_layers": 2, "heads": 4,
          "ffn_dim": 48, "dropout": 0.25, "size_divisibility": 64}
@@ -605,7 +605,7 @@ def test_build_model_takes_flags_that_describe_no_model_and_asks_for_weights_onl
     assert asked == [("test_resnet", False, True), ("test_resnet", True, None)]
 
 
-# ------------------------------------------------------------------------------------ baselines
+# ---------------------------------------------------------------------------------------- baselines
 def test_per_pixel_baselines_answer_with_class_scores_per_pixel():
     assert small(PerPixelBaseline).train()(pictures()).shape == (1, B, K, h, w)
     assert small(PerPixelBaselinePlus).train()(pictures()).shape == (L, B, K, h, w)
@@ -627,7 +627,7 @@ def test_in_per_pixel_baseline_plus_the_kth_querys_mask_is_the_score_of_class_k(
     assert not hasattr(model, "to_class")
 
 
-# ---------------------------------------------------------------------------- semantic inference
+# ------------------------------------------------------------------------------- semantic inference
 def test_semantic_inference_equals_plain_loops():
     class_logits, mask_logits = torch.randn(B, Q, K + 1), torch.randn(B, Q, 3, 4)
     scores = semantic_inference(class_logits, mask_logits)
@@ -652,7 +652,7 @@ def test_semantic_inference_never_answers_no_object():
     assert scores.shape[1] == K and (scores.argmax(1) == 5).all()
 
 
-# ---------------------------------------------------------------------------- panoptic inference
+# ------------------------------------------------------------------------------- panoptic inference
 IS_THING = [k >= 6 for k in range(K)]                                # 0..5 stuff, 6..10 things
 
 
@@ -824,7 +824,7 @@ def test_dropped_stuff_gives_no_entry_and_every_entry_has_pixels():
         assert all(0.3 < s["score"] <= 1 for s in segments)
 
 
-# ---------------------------------------------------------------------------- instance inference
+# ------------------------------------------------------------------------------- instance inference
 def test_instance_masks_may_overlap_and_come_with_falling_scores():
     class_logits = sure_of((7, 0.9), (8, 0.95), (2, 0.99), (K, 0.99))
     mask_logits = stripes((0, 10), (4, 12), (0, 12), (0, 12))

@@ -34,7 +34,7 @@ def as_set(matches):
     return set(zip(*(vector.tolist() for vector in matches)))
 
 
-# ------------------------------------------------------- the method in float64, as plain loops
+# ------------------------------------------------------------ the method in float64, as plain loops
 def sigmoid(x):
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
@@ -76,7 +76,7 @@ def slow_cost(class_logits, mask_logits, label, mask,
             + dice_weight * slow_dice(logits, small_mask))
 
 
-# ------------------------------------------------------------------------------------ costs
+# -------------------------------------------------------------------------------------------- costs
 @pytest.mark.parametrize("weights", [{}, {"class_weight": 30., "focal_weight": 3.}])
 def test_costs_of_all_images_at_once_equal_plain_loops_in_float64(weights):
     class_logits, mask_logits, labels, masks, owner = problem()
@@ -128,7 +128,7 @@ def test_the_costs_may_come_from_another_function():
     assert as_set(matches) == {(l, b, Q - 1 - q, s) for l, b, q, s in plain}
 
 
-# ------------------------------------------------------------------------------------ matching
+# ----------------------------------------------------------------------------------------- matching
 @pytest.mark.parametrize("weights", [
     {},
     {"class_weight": 30., "focal_weight": 3., "dice_weight": 0.5},
@@ -270,7 +270,7 @@ def test_labels_may_have_any_integer_type():
         assert all(map(torch.equal, matches, expected))
 
 
-def test_masks_are_shrunk_by_nearest_neighbour():
+def test_masks_are_shrunk_by_nearest_neighbor():
     class_logits, mask_logits, labels, masks, owner = problem()
     small_masks = torch.tensor([slow_nearest(mask.tolist(), h, w) for mask in masks])
     small_masks = small_masks.view(-1, h, w)
@@ -279,7 +279,7 @@ def test_masks_are_shrunk_by_nearest_neighbour():
     torch.testing.assert_close(large, small)
 
 
-# ------------------------------------------------------------------------------------ Table 4
+# ------------------------------------------------------------------------------------------ Table 4
 def test_fixed_matching_gives_query_k_the_segment_of_class_k():
     class_logits, mask_logits, _, masks, owner = problem(queries=K)  # owner 0 1 0 0 1
     labels = torch.tensor([4, 4, 10, 0, 3])

@@ -15,7 +15,7 @@ K = 11
 IS_THING = [k >= 6 for k in range(K)]
 
 
-# ------------------------------------------------------------------------------------ mIoU
+# --------------------------------------------------------------------------------------------- mIoU
 def miou(prediction, target, num_classes=K, **options):
     matrix = ConfusionMatrix(num_classes, **options)
     matrix.update(torch.as_tensor(prediction), torch.as_tensor(target))
@@ -106,7 +106,7 @@ def test_void_may_be_another_value_where_255_is_a_class():
     assert result["mIoU"] == 100 and result["IoU"][255] == 100
 
 
-# ------------------------------------------------------------------------------------ PQ
+# ----------------------------------------------------------------------------------------------- PQ
 def segment(i, category, crowd=False):
     return {"id": i, "category_id": category} | ({"iscrowd": 1} if crowd else {})
 
@@ -303,7 +303,7 @@ def test_class_regions_are_stuff_segments_of_the_ids_class_plus_one():
         assert found == [(1, 0, False), (3, 2, False)]
 
 
-# ------------------------------------------------------------------------------------ both
+# --------------------------------------------------------------------------------------------- both
 def test_ground_truth_as_logits_scores_100():
     dataset = build_dataset("shapes", split="val", num_classes=K)
     matrix, quality = ConfusionMatrix(K), PanopticQuality(K, dataset.is_thing)
@@ -327,7 +327,7 @@ def test_ground_truth_as_logits_scores_100():
     assert [quality.compute()[name] for name in names] == [100] * 5
 
 
-# ------------------------------------------------------------------------------------ as text
+# ------------------------------------------------------------------------------------------ as text
 def metrics_without(missing):
     """Metrics of perfect predictions of all classes but one."""
     target = torch.tensor([[k for k in range(K) if k != missing]])

@@ -32,7 +32,7 @@ def test_outputs_losses_and_gradients_are_the_authors(folder):
     assert not too_large
 
 
-# ------------------------------------------------------------------------------------ their files
+# -------------------------------------------------------------------------------------- their files
 # The names and shapes of the released files, written down without tools/official_weights.py.
 STEM = {"R101c": [(64, 3, 3, 3), (64, 64, 3, 3), (128, 64, 3, 3)]}   # else one 7x7 convolution
 BLOCKS = {"R18": [2, 2, 2, 2], "R50": [3, 4, 6, 3], "R101": [3, 4, 23, 3], "R101c": [3, 4, 23, 3]}
@@ -179,7 +179,7 @@ def small_file(path, K=11, kind="maskformer", **options):
     return path
 
 
-# ------------------------------------------------------------------------------------ recognition
+# -------------------------------------------------------------------------------------- recognition
 CLASSES = {
     "semantic-ade20k": ("ade20k", 150),
     "semantic-ade20k-full": ("ade20k-full", 847),
@@ -287,7 +287,7 @@ def test_ade20k_is_panoptic_with_an_encoder_or_that_name(file, encoder_layers, d
     assert official_checkpoint(file)["config"]["dataset"] == dataset
 
 
-# ------------------------------------------------------------------------------------ names
+# -------------------------------------------------------------------------------------------- names
 @pytest.fixture(scope="module")
 def state():
     return zeros(official_shapes("R50", K=19))
@@ -346,7 +346,7 @@ def test_an_unknown_backbone_is_named(state):
         model_flags(translate({"conv.weight": np.zeros(3)}))
 
 
-# ------------------------------------------------------------------------------------ checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 @torch.no_grad()
 def test_a_converted_file_is_a_checkpoint_like_ours(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -373,7 +373,7 @@ def test_converting_never_overwrites_a_file(tmp_path):
     assert output.read_text() == "weeks of training"
 
 
-# ------------------------------------------------------------------------------------ files
+# -------------------------------------------------------------------------------------------- files
 class Attack:
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -449,7 +449,7 @@ def test_what_is_neither_file_nor_name_is_refused_with_the_names(tmp_path):
         load_official(tmp_path)
 
 
-# ------------------------------------------------------------------------------------ download
+# ----------------------------------------------------------------------------------------- download
 NAME = "per_pixel_baseline_R50_bs16_160k"
 
 
@@ -480,7 +480,7 @@ def zoo(tmp_path, monkeypatch):
     server.server_close()
 
 
-def test_a_model_is_downloaded_once_and_its_licence_told(zoo, capsys):
+def test_a_model_is_downloaded_once_and_its_license_told(zoo, capsys):
     file, asked, _ = zoo
     small_file(file, kind="per_pixel_baseline")
     for _ in range(2):

@@ -14,7 +14,7 @@ from data import SegmentationDataset, TrainingSamples, UserError, align_classes,
 from test_folder_data import H, W, blocks, labels_of, warnings_in, write_image, write_png
 
 
-# -------------------------------------------------------------------------------- what can be read
+# --------------------------------------------------------------------------------- what can be read
 
 IDS = [70_000, 3, 16_000_001, 256]      # of segments; more than two bytes, not sorted
 CATEGORIES = [{"id": 200, "name": "grass", "isthing": 0}, {"id": 1, "name": "person", "isthing": 1},
@@ -286,7 +286,7 @@ def test_a_single_category_is_told(tmp_path, capsys):
     assert "panoptic_val.json: 'person' is the only class" in line
 
 
-# ----------------------------------------------------------- class lists of splits and checkpoints
+# ------------------------------------------------------------ class lists of splits and checkpoints
 
 def test_a_split_that_lacks_categories_is_numbered_like_the_other(tmp_path):
     make_panoptic(tmp_path, lambda content: content["categories"].append(

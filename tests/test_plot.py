@@ -34,7 +34,7 @@ def run(tmp_path):
     return write_run(tmp_path / "shapes-001", rows)
 
 
-# ------------------------------------------------------------------------------------ reading
+# ------------------------------------------------------------------------------------------ reading
 def test_a_log_is_read_up_to_a_line_that_a_killed_run_cut_off(tmp_path):
     rows = [training_row(10), training_row(20)]
     for i, rest in enumerate(["", '{"step": 30, "lo', '{"step": 30, "loss": 1.0']):
@@ -63,14 +63,14 @@ def test_a_curve_is_the_logged_values_at_their_steps(run):
     assert steps.tolist() == [40] and values.tolist() == [0]
 
 
-def test_a_long_curve_is_the_means_of_neighbouring_rows():
+def test_a_long_curve_is_the_means_of_neighboring_rows():
     rows = [{"step": step, "loss": 7.0 * step} for step in range(1, 3 * MAX_POINTS + 1)]
     steps, values = curve(rows, "loss")
     assert steps.tolist() == list(range(2, 3 * MAX_POINTS, 3))
     assert values.tolist() == [7 * step for step in steps]
 
 
-# ------------------------------------------------------------------------------------ drawing
+# ------------------------------------------------------------------------------------------ drawing
 def test_there_is_a_panel_for_each_value_that_a_run_has_and_no_other(run):
     pytest.importorskip("matplotlib")
     panels = draw({"shapes-001": read_log(run)}).axes
@@ -100,7 +100,7 @@ def test_every_run_is_a_line_in_every_panel_and_a_name_in_the_legend(run):
     assert [text.get_text() for text in legend.get_texts()] == ["first", "second"]
 
 
-# ------------------------------------------------------------------------------------ the command
+# -------------------------------------------------------------------------------------- the command
 def test_the_command_writes_a_picture_of_several_runs(run, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     other = write_run(tmp_path / "shapes-002", [training_row(10)])

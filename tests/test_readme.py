@@ -75,7 +75,7 @@ def test_the_snippet_prints_names_and_scores_of_a_photo(tmp_path, monkeypatch, c
         assert name == "lamp" and 0.3 < float(score) <= 1
 
 
-# ------------------------------------------------------------------------------------ commands
+# ----------------------------------------------------------------------------------------- commands
 @pytest.mark.parametrize("script, arguments", ALL_COMMANDS,
                          ids=[" ".join([script, *rest]) for script, rest in ALL_COMMANDS])
 def test_commands_are_understood(script, arguments):
@@ -118,7 +118,7 @@ def test_every_flag_that_a_page_names_exists(page, capsys):
     assert set(re.findall(r"(?<![-\w])--[a-z][a-z-]*", page.read_text())) <= known
 
 
-# ------------------------------------------------------------------------------------ statements
+# --------------------------------------------------------------------------------------- statements
 def test_the_notes_are_those_of_the_code():
     in_code = set()
     for name in MODULES:
@@ -165,7 +165,7 @@ def test_links_lead_somewhere(page):
         assert not heading or heading in heading_ids(target), link
 
 
-# ------------------------------------------------------------------------------------ form
+# --------------------------------------------------------------------------------------------- form
 def test_the_readme_is_short():
     assert len(README.read_text().splitlines()) <= 200
 
@@ -187,7 +187,7 @@ def test_no_line_of_code_is_longer_than_100_columns():
     assert too_long == []
 
 
-# ------------------------------------------------------------------------------------ the house
+# ---------------------------------------------------------------------------------------- the house
 def test_the_top_level_is_the_six_modules_and_what_belongs_to_them():
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip("not a clone")

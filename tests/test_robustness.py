@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("short_tests", "signals_as_before")
 FLAGS = [*TINY, "--dropout", "0.1", "--save-every", "3"]
 
 
-# ------------------------------------------------------------------------------------ processes
+# ---------------------------------------------------------------------------------------- processes
 def start(folder, *flags, port=None, rank=0, before=lambda: None, main=train.main):
     """`train.py FLAGS --output FOLDER flags` as a process in a session of its own.
 
@@ -150,7 +150,7 @@ def step_of(folder):
     return content(folder / "last.pt")["step"]
 
 
-# ------------------------------------------------------------------------------------ killed
+# ------------------------------------------------------------------------------------------- killed
 def kill_itself_halfway_through_the_second_checkpoint():
     save = torch.save
     saves = []
@@ -189,7 +189,7 @@ def test_loader_workers_go_when_their_run_is_killed(tmp_path):
     assert still_alive(loaders, within=20) == []
 
 
-# ------------------------------------------------------------------------------------ stopped
+# ------------------------------------------------------------------------------------------ stopped
 @pytest.mark.parametrize("number, workers, send", [
     pytest.param(signal.SIGTERM, 0, os.kill, id="SIGTERM"),
     pytest.param(signal.SIGUSR1, 2, os.kill, id="SIGUSR1"),
@@ -278,7 +278,7 @@ def test_torchrun_restarts_a_job_of_which_one_process_was_killed(tmp_path):
     assert equal(weights(tmp_path / "job" / "last.pt"), weights(tmp_path / "calm" / "last.pt"))
 
 
-# ------------------------------------------------------------------------------------ errors
+# ------------------------------------------------------------------------------------------- errors
 def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path):
     folder = tmp_path / "run"
     assert ended(start(folder, "--steps", 3)) == [0]

@@ -15,7 +15,7 @@ TINY = Work(segments=3, images=2, size=(64, 96), num_classes=5)
 FIELDS = {"part", "what", "ours", "theirs", "ratio", "unit"}
 
 
-# ------------------------------------------------------------------------------------ benchmark
+# ---------------------------------------------------------------------------------------- benchmark
 def test_both_sides_of_the_benchmark_have_the_same_targets():
     batch = benchmark.made_up_batch(TINY)
     masks, labels = benchmark.their_targets(batch)
@@ -116,7 +116,7 @@ def test_the_largest_batch_is_the_largest_power_of_two_that_fits(monkeypatch):
     assert benchmark.largest_batch(TINY) == 16
 
 
-# --------------------------------------------------------------------------- training their model
+# ----------------------------------------------------------------------------- training their model
 def write_dataset(root):
     """Four images of two classes, left and right, for training and two for the test."""
     (root / "classes.txt").write_text("left\nright\n")

@@ -65,7 +65,7 @@ def steps_and_tests(folder):
     return [(row["step"], "mIoU" in row) for row in log_of(folder)]
 
 
-# ------------------------------------------------------------------------------------ a run
+# -------------------------------------------------------------------------------------------- a run
 def test_a_run_leaves_everything_it_promises(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "draw_predictions", evaluate.draw_predictions)
     monkeypatch.setattr(train, "draw_queries", evaluate.draw_queries)
@@ -199,7 +199,7 @@ def test_classes_that_another_process_has_seen_are_not_named(monkeypatch, capsys
     assert capsys.readouterr().err == "warning: no training image since step 70 showed car\n"
 
 
-# ------------------------------------------------------------------------------------ weights
+# ------------------------------------------------------------------------------------------ weights
 def test_init_skips_a_class_head_of_another_size_and_nothing_else(tmp_path, capsys):
     run("--steps", 1, "--output", tmp_path / "six")
     capsys.readouterr()
@@ -249,7 +249,7 @@ def test_init_backbone_takes_the_backbone_of_any_model_and_nothing_else(tmp_path
             "--init-backbone", source)
 
 
-# ------------------------------------------------------------------------------------ resuming
+# ----------------------------------------------------------------------------------------- resuming
 def test_a_resumed_run_follows_the_new_rate_and_needs_an_output(tmp_path):
     run("--steps", 1, "--output", tmp_path)
     run("--steps", 2, "--lr", 1e-9, "--weight-decay", 0, "--output", tmp_path, "--resume")
@@ -404,7 +404,7 @@ def test_a_resumed_run_goes_on_with_its_loss_scale(tmp_path):
     assert scaler.get_scale() == 8
 
 
-# ------------------------------------------------------------------------------------ optimization
+# ------------------------------------------------------------------------------------- optimization
 def args_of(*flags):
     """The settings of a tiny run on six drawn classes."""
     args = train.parse_args([*TINY, *map(str, flags)])
@@ -594,14 +594,14 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch():
     assert (whole - accumulated).norm() < 1e-5 * whole.norm()
 
 
-def test_the_baselines_count_labelled_pixels():
+def test_the_baselines_count_labeled_pixels():
     batch = shapes_batch(range(2), emptied=[1])
-    labelled = (batch.segment_maps[0] > 0).sum()
+    labeled = (batch.segment_maps[0] > 0).sum()
     args = args_of("--model", "per-pixel")
-    assert train.target_count([batch, batch], args) == labelled > 0
+    assert train.target_count([batch, batch], args) == labeled > 0
 
 
-# ------------------------------------------------------------------------------------ samples, log
+# ------------------------------------------------------------------------------------- samples, log
 def test_overfitting_trains_and_tests_on_the_same_few_images_as_they_are():
     samples, test_set = train.load_datasets(train.parse_args(["--overfit", "3"]))
     truth = {name: image for image, *_, name in map(test_set.__getitem__, range(len(test_set)))}
@@ -652,7 +652,7 @@ def test_a_non_finite_loss_stops_with_step_rate_and_names_and_saves_nothing(tmp_
     assert not list(tmp_path.glob("*.pt"))
 
 
-# ------------------------------------------------------------------------------------ compiling
+# ---------------------------------------------------------------------------------------- compiling
 BACKENDS = [pytest.param("eager", id="traced"),
             pytest.param("inductor", id="compiled", marks=pytest.mark.skipif(
                 "TEST_COMPILER" not in os.environ, reason="minutes: set TEST_COMPILER=1"))]
@@ -712,7 +712,7 @@ def test_without_a_compiler_nothing_is_compiled_and_a_line_says_so(
     assert capsys.readouterr().err == ""
 
 
-# ------------------------------------------------------------------------------------ processes
+# ---------------------------------------------------------------------------------------- processes
 def tiny_model():
     """Without dropout and batch norms in training mode, so that a batch may be split."""
     torch.manual_seed(0)

@@ -54,7 +54,7 @@ def their_model(backbone, num_labels=11, decoder_layers=2, **options):
     return model
 
 
-# ------------------------------------------------------------------------------------ equality
+# ----------------------------------------------------------------------------------------- equality
 def test_the_criterion_is_theirs_layer_by_layer():
     L, B, Q, K, n = 3, 2, 7, 5, (4, 3)
     torch.manual_seed(0)
@@ -104,7 +104,7 @@ def test_their_weights_give_their_logits_and_class_maps(backbone, tmp_path):
     assert ((scores.argmax(0) == their_map) | tie).all()
 
 
-# ------------------------------------------------------------------------------------ files
+# -------------------------------------------------------------------------------------------- files
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A folder that their save_pretrained has written."""
@@ -190,7 +190,7 @@ def test_a_missing_part_of_attention_is_named(saved, folder):
         load_official(folder)
 
 
-# ------------------------------------------------------------------------------------ config.json
+# -------------------------------------------------------------------------------------- config.json
 @pytest.mark.parametrize("part, kind, option, value", [
     ("backbone_config", "resnet", "hidden_act", "gelu"),
     ("backbone_config", "resnet", "downsample_in_first_stage", True),
@@ -249,7 +249,7 @@ def test_150_classes_are_ade20k_only_under_its_names(tmp_path):
     assert checkpoint["classes"] == names and checkpoint["category_ids"][149] == 150
 
 
-def test_the_licence_is_told_of_the_authors_files_only(folder, capsys):
+def test_the_license_is_told_of_the_authors_files_only(folder, capsys):
     official_checkpoint(folder)
     assert "CC BY-NC" not in capsys.readouterr().out
     change_config(folder, _name_or_path="facebook/maskformer-swin-tiny-ade")

@@ -121,7 +121,7 @@ def their_targets(batch):
     return list(batch.masks().float().split(counts)), list(batch.labels.split(counts))
 
 
-# ------------------------------------------------------------------------------------ models
+# ------------------------------------------------------------------------------------------- models
 def our_flags(work):
     """train.py's settings: those of the paper, which ADE20K's recipe has."""
     args = train.parse_args(["--dataset", "ade20k", "--backbone", work.backbone, "--no-pretrained",
@@ -269,7 +269,7 @@ def their_loss(work):
     return loss
 
 
-# ------------------------------------------------------------------------------------ inference
+# ---------------------------------------------------------------------------------------- inference
 def our_prediction(work):
     """evaluate.py's: masks are upsampled to the image, and each of its pixels gets a class."""
     model = our_model(work).eval().to(memory_format=torch.channels_last)
@@ -312,7 +312,7 @@ def their_prediction(work):
     return inference
 
 
-# ------------------------------------------------------------------------------------ measuring
+# ---------------------------------------------------------------------------------------- measuring
 def seconds(run):
     if GPU:
         torch.cuda.synchronize()
@@ -376,7 +376,7 @@ def rounded(number):
     return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
-# ------------------------------------------------------------------------------------ memory
+# ------------------------------------------------------------------------------------------- memory
 def peak_memory(side, work):
     """GiB that two steps, with the optimizer's state, take beyond the model and its inputs."""
     clean_up()
@@ -404,7 +404,7 @@ def peak_memory_of_child(side, work):
     return float(answer.split()[-1])
 
 
-# ------------------------------------------------------------------------------------ inside a GPU
+# ------------------------------------------------------------------------------------- inside a GPU
 def trace_of(step):
     """-> the events of a step that torch.profiler saw on the GPU and in CUDA's runtime, dicts."""
     kinds = torch.profiler.ProfilerActivity
@@ -446,7 +446,7 @@ def matrix_rate(amp):
     return n ** 3 / statistics.median(times)
 
 
-# ------------------------------------------------------------------------------------ data loading
+# ------------------------------------------------------------------------------------- data loading
 def samples_per_second(count):
     """Reads, augments and collates images on one thread, as a loader worker does."""
     args = train.parse_args(["--dataset", "ade20k"])
@@ -493,7 +493,7 @@ def fits(work):
     return True
 
 
-# ------------------------------------------------------------------------------------ the table
+# ---------------------------------------------------------------------------------------- the table
 def usual_work():
     """As train.py runs on this device by default."""
     return Work(amp="bf16", compiled=True) if GPU else Work()
@@ -623,7 +623,7 @@ def measure_largest_batch(full, repeats):
     return rows
 
 
-# ------------------------------------------------------------------------------------ the command
+# -------------------------------------------------------------------------------------- the command
 PARTS = {"step": measure_step,
          "memory": measure_memory,
          "inference": measure_inference,

@@ -73,7 +73,7 @@ class Differences(dict):
         self[quantity] = max(self.get(quantity, 0), value)
 
 
-# ------------------------------------------------------------------------------------ weights
+# ------------------------------------------------------------------------------------------ weights
 def fill(name, shape):
     """The array that belongs to an official name."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
@@ -112,7 +112,7 @@ def load_from_file(state):
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch, "model.pkl")
         file.write_bytes(pickle.dumps({"model": state, "__author__": "nobody"}))
-        with contextlib.redirect_stdout(io.StringIO()):              # the licence is not of these
+        with contextlib.redirect_stdout(io.StringIO()):              # the license is not of these
             return load_official(file)
 
 
@@ -125,7 +125,7 @@ def train_mode(model):
     return model.train()
 
 
-# ------------------------------------------------------------------------------------ outputs
+# ------------------------------------------------------------------------------------------ outputs
 @torch.no_grad()
 def compare_outputs(model, file, is_thing, found):
     """An eval_*.npz: features, embeddings, every layer's logits, semantic and panoptic results."""
@@ -226,7 +226,7 @@ def compare_postprocessing(golden, is_thing, found):
     compare_panoptic(class_logits, mask_logits, is_thing, golden, ", spread", found)     # no ties
 
 
-# ------------------------------------------------------------------------------------ losses
+# ------------------------------------------------------------------------------------------- losses
 def compare_losses(model, folder, case, name, found):
     """An entry of losses.json: costs, matched pairs, loss terms, their sum, norms of gradients.
 
@@ -257,7 +257,7 @@ def compare_losses(model, folder, case, name, found):
 
 def batch_of(golden, mean):
     """-> images [2, 3, H, W], labels [N], masks [N, H, W], owner [N], label map [2, H, W]; the
-    smaller image is padded, with zeros after normalisation."""
+    smaller image is padded, with zeros after normalization."""
     sizes = [golden[f"segment_map_{b}"].shape for b in (0, 1)]
     H, W = np.max(sizes, axis=0)
     images = mean.expand(2, 3, H, W).clone()
@@ -340,7 +340,7 @@ def compare_gradients(model, expected, found):
     assert not norms, f"parameters of ours that theirs lack: {', '.join(norms)}"
 
 
-# ------------------------------------------------------------------------------------ table
+# -------------------------------------------------------------------------------------------- table
 def measure(folder):
     """A folder of GOLDEN_ROOT -> {quantity: the largest difference}."""
     summary = json.loads((folder / "summary.json").read_text())

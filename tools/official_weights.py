@@ -86,7 +86,7 @@ DATASET_OF = {                        # number of classes: a dataset of train.py
 }
 
 
-# ------------------------------------------------------------------------------------ names
+# -------------------------------------------------------------------------------------------- names
 # A row is a pattern and its replacement, for re.sub. Every name passes all rows, top to bottom.
 # The names on the right are those of timm's backbones ("backbone.body.") and of maskformer.py.
 OFFICIAL = [
@@ -290,7 +290,7 @@ def official_to_ours(state, model):
     return filled
 
 
-# ------------------------------------------------------------------------------------ the model
+# ---------------------------------------------------------------------------------------- the model
 def model_flags(found):
     """What `translate` returns -> the flags of train.py that describe this model.
 
@@ -349,7 +349,7 @@ def count(found, prefix):
                 for name in found if name.startswith(prefix)})
 
 
-# ------------------------------------------------------------------------------------ config.json
+# -------------------------------------------------------------------------------------- config.json
 # Options of Hugging Face's backbones and decoder that change the output but no shape, with what our
 # model computes. They are also the defaults of transformers.
 COMPUTED = {
@@ -415,7 +415,7 @@ def labels_of_config(config, num_classes, path):
     return [by_class[k] for k in range(num_classes)]
 
 
-# ------------------------------------------------------------------------------------ classes
+# ------------------------------------------------------------------------------------------ classes
 def find_dataset(num_classes, panoptic, labels=None):
     """The dataset of the weights, by its number of classes; "folder" (one's own) if none is known.
 
@@ -457,7 +457,7 @@ def class_lists(dataset):
     return lists
 
 
-# ------------------------------------------------------------------------------------ loading
+# ------------------------------------------------------------------------------------------ loading
 def official_checkpoint(source):
     """Released weights as a checkpoint of train.py: {"model", "config", "classes", "is_thing",
     "category_ids", "label_values", "step": 0}.
@@ -552,7 +552,7 @@ def convert(source, output=None):
     return output
 
 
-# ------------------------------------------------------------------------------------ files
+# -------------------------------------------------------------------------------------------- files
 def download(config):
     """-> path of a released file, in torch.hub's folder. A broken file is never kept there.
 
@@ -661,7 +661,7 @@ class ArrayUnpickler(pickle.Unpickler):
         return self.ADMITTED[place]
 
 
-# ------------------------------------------------------------------------------------ command
+# ------------------------------------------------------------------------------------------ command
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -4,7 +4,7 @@
     python tools/plot.py runs/ade20k-001 runs/ade20k-002 --output curves.png
 
 They come from log.jsonl in each run's folder; a run may still be going on. A line has at most 200
-points: in longer logs each point is the mean of neighbouring rows.
+points: in longer logs each point is the mean of neighboring rows.
 """
 import argparse
 import json
