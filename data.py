@@ -1289,7 +1289,8 @@ LAYOUT = {
                    "(https://ade20k.csail.mit.edu)",
     "ade20k-panoptic": "ADEChallengeData2016/{images,annotations,annotations_instance}/"
                        "{training,validation}/X.{jpg,png}",
-    "coco-panoptic": "coco/{train,val,test}2017/X.jpg, coco/annotations/panoptic_{train,val}2017.json, "
+    "coco-panoptic": "coco/{train,val,test}2017/X.jpg, "
+                     "coco/annotations/panoptic_{train,val}2017.json, "
                      "and PNGs in panoptic_{train,val}2017/ in coco or coco/annotations",
     "voc": "VOCdevkit/VOC2012/{JPEGImages/X.jpg,SegmentationClass/X.png,"
            "ImageSets/Segmentation/{train,val}.txt}",

@@ -111,13 +111,13 @@ def create_body(name, pretrained):
 class PadFirstSwinBlock(SwinTransformerBlock):
     """NOTE 2: the released Swin pads its maps to whole windows and then shifts; timm shifts first.
 
-    timm has no option for this, so each of its blocks is replaced by one of these. The map is padded
-    before timm's own attention, which then finds nothing to pad, and is cropped afterwards.
+    timm has no option for this, so each of its blocks is replaced by one of these. The map is
+    padded before timm's own attention, which then finds nothing to pad, and is cropped afterwards.
     """
 
     def __init__(self, block):
         nn.Module.__init__(self)
-        vars(self).update(vars(block))                               # its settings, parts and weights
+        vars(self).update(vars(block))                               # settings, parts, weights
 
     def _attn(self, x):                                              # [B, H, W, C]
         H, W = x.shape[1:3]

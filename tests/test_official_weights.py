@@ -22,9 +22,17 @@ GOLDEN_ROOT = Path(os.environ.get("GOLDEN_ROOT", "none"))
 GOLDEN = [path.parent for path in sorted(GOLDEN_ROOT.glob("*/summary.json"))]
 
 
+@pytest.fixture
+def all_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.skipif(not GOLDEN, reason="GOLDEN_ROOT, outputs of the authors' code, is not set")
 @pytest.mark.parametrize("folder", GOLDEN, ids=lambda folder: folder.name)
-def test_outputs_losses_and_gradients_are_the_authors(folder):
+def test_outputs_losses_and_gradients_are_the_authors(folder, all_threads):
     found = measure(folder)
     always = {"features", "pixel embeddings", "mask logits", "class scores", "class map, pixels"}
     assert always <= set(found)
@@ -202,7 +210,7 @@ def test_the_zoo_has_thirty_files_of_different_hashes():
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_every_released_model_is_recognised(name, monkeypatch):
+def test_every_released_model_is_recognized(name, monkeypatch):
     kind = next(kind for kind in KINDS if name.startswith(kind))
     backbone = next(backbone for backbone in TIMM if f"_{backbone}_" in name)
     folder, _ = ZOO[name]

@@ -10,15 +10,17 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torchvision.transforms.v2.functional import to_pil_image
 
 import evaluate
 import train
-from data import Shapes, UserError
+from data import Shapes, UserError, to_label_map
 from test_train import ROOT, TINY, content, equal, free_port, log_of, weights
 
 pytestmark = pytest.mark.usefixtures("short_tests", "signals_as_before")
@@ -180,7 +182,9 @@ def test_kill_9_while_a_checkpoint_is_written_costs_no_more_than_the_steps_since
     assert not list(folder.glob("*.part"))
 
 
-def test_loader_workers_go_when_their_run_is_killed(tmp_path):
+def test_loader_workers_go_when_their_run_is_killed(tmp_path, monkeypatch):
+    # How often a worker looks for its parent; 5 seconds, if nothing is said.
+    monkeypatch.setattr(torch.utils.data._utils.worker, "MP_STATUS_CHECK_INTERVAL", 0.5)
     process = start(tmp_path / "run", "--steps", 900, "--workers", 2)
     wait_until_said(tmp_path / "run", "step 2/")
     loaders = children(process.pid)
@@ -254,28 +258,49 @@ def test_two_processes_stop_at_one_step_and_one_goes_on_with_their_samples_and_r
                                            for step in range(12)]
 
 
-def test_torchrun_restarts_a_job_of_which_one_process_was_killed(tmp_path):
-    flags = ["--steps", "20", "--resume"]
+def files_of_shapes(root):
+    """A data set of files: eight drawings to train on, three that are held out."""
+    for split, count in (("train", 8), ("val", 3)):
+        shapes = Shapes(split=split)
+        for kind in ("images", "annotations"):
+            (root / kind / split).mkdir(parents=True)
+        for i in range(count):
+            image, segment_map, class_of, _, name = shapes[i]
+            to_pil_image(image).save(root / "images" / split / f"{name}.png")
+            label_map = to_label_map(segment_map, class_of, void=255).byte()
+            to_pil_image(label_map).save(root / "annotations" / split / f"{name}.png")
+    (root / "classes.txt").write_text("\n".join(shapes.classes))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def torchrun_job(tmp_path_factory):
+    """A job of two processes, one of which is killed when there is a checkpoint.
+
+    -> its folder, its flags, a function that waits for its exit code. Its processes import all from
+    scratch, which takes half a minute on two cores, so it goes on while other tests run.
+    """
+    root = tmp_path_factory.mktemp("torchrun")
+    files_of_shapes(root / "data")
+    folder = root / "job"
+    flags = ["--dataset", "folder", "--data-root", str(root / "data"), "--no-pretrained",
+             "--crop", "64", "96", "--short-side", "64", "--test-short-side", "64",
+             "--steps", "20", "--resume"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
                "--max-restarts", "1", "--master-port", str(free_port()), str(ROOT / "train.py"),
-               *FLAGS, "--output", str(tmp_path / "job"), *flags]
-    with open(tmp_path / "job.out", "w") as output:
+               *FLAGS, "--output", str(folder), *flags]
+    with open(f"{folder}.out", "w") as output:
         job = subprocess.Popen(command, stdout=output, stderr=output)
-    try:
-        limit = time.time() + 100
-        while not (tmp_path / "job" / "last.pt").exists():
-            assert time.time() < limit and job.poll() is None, said(tmp_path / "job")
+
+    def kill_a_process_and_wait():
+        while not (folder / "last.pt").exists() and job.poll() is None:
             time.sleep(0.02)
         os.kill(children(job.pid)[1], signal.SIGKILL)
-        assert job.wait(100) == 0, said(tmp_path / "job")
-    finally:
-        job.terminate()                                          # ends its processes, too
+        return job.wait()
 
-    rows = [row["step"] for row in log_of(tmp_path / "job") if "loss" in row]
-    assert rows == list(range(1, 21))
-    assert "mIoU" in log_of(tmp_path / "job")[-1]
-    assert ended(*start_two(tmp_path / "calm", *flags)) == [0, 0]
-    assert equal(weights(tmp_path / "job" / "last.pt"), weights(tmp_path / "calm" / "last.pt"))
+    with ThreadPoolExecutor(1) as pool:
+        code = pool.submit(kill_a_process_and_wait)
+        yield folder, flags, code.result
+        job.terminate()                                          # ends its processes, too
 
 
 # ------------------------------------------------------------------------------------------- errors
@@ -366,3 +391,14 @@ def test_a_port_that_is_taken_is_told_and_nothing_is_written(tmp_path):
     assert code != 0
     assert "in use" in said(folder) and str(port) in said(folder)
     assert not folder.exists()
+
+
+# ---------------------------------------------------------------------------------------- restarted
+def test_torchrun_restarts_a_job_of_which_one_process_was_killed(tmp_path, torchrun_job):
+    folder, flags, exit_code = torchrun_job
+    assert exit_code(100) == 0, said(folder)
+    rows = [row["step"] for row in log_of(folder) if "loss" in row]
+    assert rows == list(range(1, 21))
+    assert "mIoU" in log_of(folder)[-1]
+    assert ended(*start_two(tmp_path / "calm", *flags)) == [0, 0]
+    assert equal(weights(folder / "last.pt"), weights(tmp_path / "calm" / "last.pt"))
