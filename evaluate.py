@@ -780,7 +780,7 @@ def run_command(main):
         stream.reconfigure(errors="replace")                         # a console may lack characters
     try:
         code = main()
-    except (UserError, OSError, torch.OutOfMemoryError) as error:
+    except (UserError, OSError, dist.DistNetworkError, torch.OutOfMemoryError) as error:
         message = str(error)
         if "Original Traceback" in message:                          # of a loader worker
             message = message.rpartition(f"{type(error).__name__}: ")[2]

@@ -710,7 +710,7 @@ def train(args, device):
         if not (sizes_vary and args.backbone.startswith("swin_")):   # that takes over five minutes
             parallel = torch.compile(model)
     if world_size() > 1:
-        parallel = DistributedDataParallel(parallel, broadcast_buffers=False)
+        parallel = DistributedDataParallel(parallel)
 
     if rank() == 0:
         millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
