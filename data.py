@@ -840,13 +840,18 @@ class ClassLine(NamedTuple):
     kind: str                   # thing, stuff or void
 
 
-LINE_OF_CLASS = re.compile(r"(?P<name>.+?)"
-                           r"(\s+(?P<color>\d+\s+\d+\s+\d+))?"
+COLOR = r"\d+\s+\d+\s+\d+"
+LINE_OF_CLASS = re.compile(rf"((?P<color_first>{COLOR})\s+)?"
+                           r"(?P<name>.+?)"
+                           rf"(\s+(?P<color>{COLOR}))?"
                            r"(\s+(?P<kind>thing|stuff|void))?")
 
 
 def read_class_list(path):
-    """classes.txt -> [ClassLine]. A line is NAME [RED GREEN BLUE] [thing | stuff | void]."""
+    """classes.txt -> [ClassLine]. A line is NAME [RED GREEN BLUE] [thing | stuff | void].
+
+    The color may also come first, as in CamVid's label_colors.txt.
+    """
     text = read_text(path).strip()
     lines = []
     for index, line in enumerate(text.split("\n") if text else []):
@@ -855,9 +860,9 @@ def read_class_list(path):
             raise UserError(f"{path}: line {index + 1} is empty, but each line is a class: write "
                             "its name, or `unused void`")
         match = LINE_OF_CLASS.fullmatch(line)
-        color = None
-        if match["color"]:
-            color = tuple(int(number) for number in match["color"].split())
+        color = match["color_first"] or match["color"]
+        if color:
+            color = tuple(int(number) for number in color.split())
             if max(color) > 255:
                 raise UserError(f"{path}: {line!r} lists a color beyond 255: colors are three "
                                 "numbers from 0 to 255")

@@ -245,6 +245,7 @@ def test_an_index_may_be_declared_void(tmp_path, capsys):
 
 RGB = {"road": (128, 64, 128), "sky": (0, 0, 0), "car": (255, 0, 1), "other": (9, 9, 9)}
 COLORED = ("road 128 64 128", "sky 0 0 0 stuff", "other 9 9 9 void", "car 255 0 1 thing")
+COLOR_FIRST = ("128 64 128\troad", "0 0 0\t\tsky stuff", "9 9 9 other void", "255 0 1 car thing")
 
 
 def colored(*names, channels=3):
@@ -253,9 +254,9 @@ def colored(*names, channels=3):
     return np.concatenate([rgb, alpha], -1)
 
 
-@pytest.mark.parametrize("channels", [3, 4])
-def test_masks_may_hold_the_colors_that_classes_txt_lists(channels, tmp_path, capsys):
-    make_folder(tmp_path, COLORED)
+@pytest.mark.parametrize("lines, channels", [(COLORED, 3), (COLORED, 4), (COLOR_FIRST, 3)])
+def test_masks_may_hold_the_colors_that_classes_txt_lists(lines, channels, tmp_path, capsys):
+    make_folder(tmp_path, lines)
     write_png(tmp_path / "annotations/val/b.png",
               colored("car", "road", "other", "sky", channels=channels))
     dataset = build_dataset("folder", tmp_path, "val")

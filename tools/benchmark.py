@@ -502,12 +502,11 @@ def usual_work():
 def works_of_steps(full):
     """-> the steps to measure; without --full the most telling ones."""
     usual = usual_work()
+    if not full and GPU:
+        return [usual, usual._replace(segments=40), usual._replace(backbone=SWIN_TINY),
+                Work(amp="bf16"), Work(compiled=True)]
     if not full:
-        works = [usual, usual._replace(segments=40), usual._replace(backbone=SWIN_TINY)]
-        if GPU:
-            works += [Work(amp="bf16"), Work(compiled=True)]
-        return works
-
+        return [usual]
     return [Work(backbone, segments, amp=amp, compiled=compiled)
             for backbone in (RESNET, SWIN_TINY)
             for segments in (10, 40)
@@ -521,7 +520,7 @@ def measure_step(full, repeats):
 
     # Neither matching nor loss depends on the backbone.
     rows = list(steps.values())
-    for segments in (10, 40):
+    for segments in (10, 40) if full or GPU else (10,):
         work = usual_work()._replace(segments=segments)
         matching = compare("step", f"matching alone, {segments} segments", our_matching,
                            their_matching, work, repeats)
@@ -649,7 +648,7 @@ def parse_args(argv=None):
         help=f"parts of the table, of {', '.join(PARTS)} (default: all but the last, which needs "
              "a GPU)")
     add("--full", action="store_true", help="all combinations, and what is slow")
-    add("--repeats", type=int, default=10 if GPU else 3, metavar="N",
+    add("--repeats", type=int, default=10 if GPU else 2, metavar="N",
         help="timed runs of each side (default: %(default)s)")
     add("--output", metavar="FILE", help="also write the table to this JSON file")
     add("--child", nargs=2, help=argparse.SUPPRESS)      # measures memory in a new process
