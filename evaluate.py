@@ -808,6 +808,7 @@ def kill_loader_workers():
 
 
 def parse_args(argv=None):
+    """The command line -> flags; those that are not given and have no default are None."""
     parser = ArgumentParser(description=__doc__, allow_abbrev=False,
                             formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument

@@ -112,11 +112,34 @@ def parse_args(argv=None):
     Each of these overrides the one before: the paper's values, the recipe of the dataset, the flags
     of a resumed run, the command line.
     """
-    switch = argparse.BooleanOptionalAction
+    deciding = ArgumentParser(add_help=False, allow_abbrev=False)
+    add_deciding_flags(deciding)
+    known, _ = deciding.parse_known_args(argv)
+    resumed = flags_of_resumed_run(known)
+    dataset = resumed.get("dataset", known.dataset)
+    backbone = resumed.get("backbone", known.backbone)
 
-    # These four determine the defaults of all other flags.
-    first = ArgumentParser(add_help=False, allow_abbrev=False)
-    add = first.add_argument
+    parser = ArgumentParser(description=__doc__, parents=[deciding], allow_abbrev=False,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_data_flags(parser)                                       # with the paper's values
+    add_model_flags(parser)
+    add_loss_flags(parser)
+    add_optimization_flags(parser)
+    add_test_and_log_flags(parser)
+    parser.set_defaults(**recipe(dataset, backbone))             # override the paper's values
+    parser.set_defaults(**resumed)                               # override the recipe
+    args = parser.parse_args(argv)                               # overrides all
+
+    if args.freeze_bn is None:
+        args.freeze_bn = args.pretrained
+    if args.backbone_lr_factor is None:
+        args.backbone_lr_factor = 0.1 if args.pretrained else 1.
+    return args
+
+
+def add_deciding_flags(parser):
+    """The flags on which the defaults of all others depend."""
+    add = parser.add_argument
     add("--dataset", default="shapes", choices=DATASETS,
         help="the dataset, and with it the recipe (default: %(default)s)")
     add("--backbone", default="resnet50",
@@ -127,8 +150,9 @@ def parse_args(argv=None):
     add("--resume", action="store_true",
         help="continue the run in --output with its flags, if it has a checkpoint")
 
-    parser = ArgumentParser(description=__doc__, parents=[first], allow_abbrev=False,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+
+def add_data_flags(parser):
+    """What is trained and tested on, and how images are cut and scaled."""
     add = parser.add_argument_group("data").add_argument
     add("--data-root", metavar="DIR",
         help="folder of the datasets, for `folder` and `panoptic` of your own data (default: "
@@ -145,7 +169,7 @@ def parse_args(argv=None):
         help="short side of a training image before the crop, one of these at random")
     add("--max-long-side", type=positive_int, metavar="N",
         help="upper limit of its long side (default: %(default)s)")
-    add("--color-distortion", action=switch, default=True,
+    add("--color-distortion", action=argparse.BooleanOptionalAction, default=True,
         help="distort the colors of training images as SSD does")
     add("--test-short-side", type=positive_int, metavar="N",
         help="short side at which held-out images are seen (default: %(default)s)")
@@ -156,12 +180,15 @@ def parse_args(argv=None):
     add("--overfit", type=positive_int, metavar="N",
         help="debugging: train and test on the same N images, not augmented")
 
+
+def add_model_flags(parser):
+    """The architecture (Sec. 4.1), and the weights it starts from."""
     add = parser.add_argument_group("model").add_argument
     add("--model", default="maskformer", choices=["maskformer", "per-pixel", "per-pixel-plus"],
         help="MaskFormer, or one of the per-pixel baselines of Sec. 4 (default: %(default)s)")
-    add("--pretrained", action=switch, default=True,
+    add("--pretrained", action=argparse.BooleanOptionalAction, default=True,
         help="start the backbone from ImageNet weights, which timm downloads")
-    add("--freeze-bn", action=switch,
+    add("--freeze-bn", action=argparse.BooleanOptionalAction,
         help="keep the batch norms of the backbone as they are (default: if pretrained)")
     add("--init", metavar="WEIGHTS",
         help="start from a checkpoint, or from the name or file of released weights; a class head "
@@ -188,6 +215,9 @@ def parse_args(argv=None):
         help="held-out images are padded to a multiple of this, 0: not at all, like those of the "
              "baselines (default: %(default)s)")
 
+
+def add_loss_flags(parser):
+    """Matching (Sec. 3.2) and the weights of its costs, which are those of the loss."""
     add = parser.add_argument_group("matching and loss").add_argument
     add("--matching", default="hungarian", choices=["hungarian", "fixed"],
         help="bipartite matching (Sec. 3.2), or query k for class k (Table 4)")
@@ -200,6 +230,9 @@ def parse_args(argv=None):
     add("--no-object-weight", type=non_negative, default=0.1, metavar="X",
         help='weight of "no object" in the cross entropy (default: %(default)s; Sec. 4.1: 0.1)')
 
+
+def add_optimization_flags(parser):
+    """Steps, batch, learning rate (appendix A), precision."""
     add = parser.add_argument_group("optimization").add_argument
     add("--steps", type=positive_int, metavar="N",
         help="optimizer steps of the whole run (default: %(default)s)")
@@ -226,11 +259,14 @@ def parse_args(argv=None):
         help="limit of the gradient's norm, 0: none (default: %(default)s; appendix A: 0.01)")
     add("--amp", default="auto", choices=["auto", *AMP],
         help="mixed precision (default: bf16 on GPUs that have it, else off: float32)")
-    add("--compile", action=switch,
+    add("--compile", action=argparse.BooleanOptionalAction,
         help="torch.compile model, matching costs and mask losses (default: on a GPU)")
     add("--seed", type=whole_number, default=0, metavar="N",
         help="seed of weights, order, augmentation and dropout (default: %(default)s)")
 
+
+def add_test_and_log_flags(parser):
+    """Thresholds of general inference (Sec. 3.4), and how often to test, save and log."""
     add = parser.add_argument_group("tests, log, checkpoints").add_argument
     add("--object-threshold", type=fraction, default=0.8, metavar="P",
         help="class probability that makes a query a segment (default: %(default)s)")
@@ -243,20 +279,6 @@ def parse_args(argv=None):
         help="steps between two checkpoints (default: %(default)s)")
     add("--log-every", type=positive_int, default=20, metavar="N",
         help="steps between two lines of the log (default: %(default)s)")
-
-    known, _ = first.parse_known_args(argv)
-    resumed = flags_of_resumed_run(known)
-    dataset = resumed.get("dataset", known.dataset)
-    settings = recipe(dataset, resumed.get("backbone", known.backbone))
-    parser.set_defaults(**settings)                              # override the paper's values
-    parser.set_defaults(**resumed)                               # override the recipe
-    args = parser.parse_args(argv)                               # overrides all
-
-    if args.freeze_bn is None:
-        args.freeze_bn = args.pretrained
-    if args.backbone_lr_factor is None:
-        args.backbone_lr_factor = 0.1 if args.pretrained else 1.
-    return args
 
 
 def flags_of_resumed_run(args):
@@ -703,14 +725,7 @@ def train(args, device):
     optimizer, scaler = start_optimizer(model, args, last, device)
     folder = start_folder(args, first_step)
 
-    parallel, loss_of = model, compute_loss
-    if should_compile(args, device):
-        loss_of = compiled_loss()
-        sizes_vary = args.augmentation == "detr" or args.overfit
-        if not (sizes_vary and args.backbone.startswith("swin_")):   # that takes over five minutes
-            parallel = torch.compile(model)
-    if world_size() > 1:
-        parallel = DistributedDataParallel(parallel)
+    parallel, loss_of = parallelize(model, args, device)
 
     if rank() == 0:
         millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
@@ -764,11 +779,7 @@ def train(args, device):
                 write_log(folder, args, done, logged, time.time() - clock, data_seconds)
                 logged, clock, data_seconds = [], time.time(), 0.
         except FloatingPointError as error:
-            lr = args.lr * lr_factor(step, args)
-            names = ", ".join(name for batch in batches for name in batch.names)
-            raise UserError(f"{error}: step {done}, learning rate {lr:.3g}, images {names} (on a "
-                            f"GPU, the cause may lie up to {args.log_every} steps back). "
-                            "Checkpoints are untouched. Try a lower --lr or --amp off") from error
+            raise UserError(explain_divergence(error, step, batches, args)) from error
 
         # Save.
         if saves:
@@ -787,8 +798,30 @@ def train(args, device):
     return test_set, metrics, folder
 
 
+def parallelize(model, args, device):
+    """-> the model as it is trained, compiled and in DDP where that applies, and its loss."""
+    parallel, loss_of = model, compute_loss
+    if should_compile(args, device):
+        loss_of = compiled_loss()
+        sizes_vary = args.augmentation == "detr" or args.overfit
+        if not (sizes_vary and args.backbone.startswith("swin_")):   # that takes over five minutes
+            parallel = torch.compile(model)
+    if world_size() > 1:
+        parallel = DistributedDataParallel(parallel)
+    return parallel, loss_of
+
+
 def is_test_step(step, args):
     return step == args.steps or args.eval_every > 0 and step % args.eval_every == 0
+
+
+def explain_divergence(error, step, batches, args):
+    """The message for a loss that is not finite."""
+    lr = args.lr * lr_factor(step, args)
+    names = ", ".join(name for batch in batches for name in batch.names)
+    return (f"{error}: step {step + 1}, learning rate {lr:.3g}, images {names} (on a GPU, the "
+            f"cause may lie up to {args.log_every} steps back). Checkpoints are untouched. Try a "
+            "lower --lr or --amp off")
 
 
 def wait_for_processes():

@@ -137,6 +137,7 @@ def our_model(work):
 
 
 def their_model(work):
+    """transformers' model in training mode, with the layers, queries and drop paths of ours."""
     stages = ["stage1", "stage2", "stage3", "stage4"]
     if work.backbone == RESNET:
         backbone = transformers.ResNetConfig(out_features=stages)
@@ -182,6 +183,7 @@ def step_of(model, args, batch, compiled=False):
 
 
 def their_step(work):
+    """A training step of transformers' model on the batch of `our_step`."""
     model = their_model(work)
     batch = made_up_batch(work)
     masks, labels = their_targets(batch)
@@ -240,6 +242,7 @@ def their_matching(work):
 
 
 def our_loss(work):
+    """Our loss and its gradient by the logits, for pairs that are already matched."""
     batch, logits = made_up_batch(work), made_up_logits(work)
     matches = our_matching(work)()
     masks = batch.masks()
@@ -253,6 +256,7 @@ def our_loss(work):
 
 
 def their_loss(work):
+    """The same of theirs, for the same logits and their own pairs."""
     class_logits, mask_logits = made_up_logits(work)
     masks, labels = their_targets(made_up_batch(work))
     matches = their_matching(work)()
@@ -298,6 +302,7 @@ def our_prediction_as_theirs(work):
 
 
 def their_prediction(work):
+    """Photo to label map, with the post-processing of their image processor."""
     model = their_model(work).eval()
     model.config.use_auxiliary_loss = False
     images = made_up_batch(work).images.cpu()
@@ -483,6 +488,7 @@ def largest_batch(work):
 
 
 def fits(work):
+    """Whether two training steps fit into the memory of the GPU."""
     clean_up()
     try:
         step = our_step(work)
@@ -515,6 +521,7 @@ def works_of_steps(full):
 
 
 def measure_step(full, repeats):
+    """Rows of training steps, and of matching and loss alone; on a GPU, where its time goes."""
     steps = {work: compare("step", str(work), our_step, their_step, work, repeats)
              for work in works_of_steps(full)}
 
@@ -564,6 +571,7 @@ def look_into(work):
 
 
 def measure_memory(full, repeats):
+    """Rows of the peak memory of a step."""
     if not GPU and not MEMORY_FILE.exists():             # neither Linux
         return []
     usual = usual_work()
@@ -578,6 +586,7 @@ def measure_memory(full, repeats):
 
 
 def measure_inference(full, repeats):
+    """Rows of photo to label map."""
     work = usual_work()._replace(compiled=False, images=1)
     rows = [compare("inference", "one image; ours: masks upsampled, theirs: class scores",
                     our_prediction, their_prediction, work, repeats),
@@ -591,6 +600,7 @@ def measure_inference(full, repeats):
 
 
 def measure_recipes(full, repeats):
+    """Rows of steps of small recipes."""
     rows = [compare("recipes", "step of `shapes`: 16 x 64x96, resnet10t, float32, eager",
                     shapes_step, None, Work(), repeats)]
     if full or GPU:
@@ -602,6 +612,7 @@ def measure_recipes(full, repeats):
 
 
 def measure_data(full, repeats):
+    """Rows of what one core reads and augments, and what a step needs."""
     clean_up()
     work = usual_work()
     step_times, _ = race(our_step(work), None, repeats)
@@ -641,6 +652,7 @@ def part_names(text):
 
 
 def parse_args(argv=None):
+    """The command line -> flags."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -656,6 +668,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
+    """The command: see the top of this file."""
     args = parse_args(argv)
     torch.set_float32_matmul_precision("high")           # as in train.py
     if args.child:

@@ -90,6 +90,7 @@ def download(name, root):
 
 
 def fetch_and_unpack(archive, root):
+    """Downloads an archive and unpacks it, unless its content is there."""
     folder = root / archive.folder
     if all((folder / entry).exists() for entry in archive.content):
         print(f"{folder / archive.content[0]} is already there")
@@ -164,6 +165,7 @@ def extract(file, folder):
 
 
 def main(argv=None):
+    """The command: see the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help=f"one of {', '.join(DOWNLOADS)}")

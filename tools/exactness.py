@@ -325,6 +325,7 @@ def compare_loss_terms(class_logits, mask_logits, labels, masks, matches, expect
 
 
 def compare_gradients(model, expected, found):
+    """Norms of the gradient, of the whole model and of the recorded parameters."""
     norms = {name: parameter.grad.norm().item()
              for name, parameter in model.named_parameters() if parameter.requires_grad}
     total = np.linalg.norm(list(norms.values()))
@@ -370,6 +371,7 @@ def measure(folder):
 
 
 def main():
+    """The command: see the top of this file."""
     root = Path(os.environ["GOLDEN_ROOT"])
     folders = [path.parent for path in sorted(root.glob("*/summary.json"))]
     columns = [measure(folder) for folder in folders]

@@ -663,6 +663,7 @@ class ArrayUnpickler(pickle.Unpickler):
 
 # ------------------------------------------------------------------------------------------ command
 def main(argv=None):
+    """The command: see the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="a released model's name, a file, or a folder")

@@ -96,6 +96,7 @@ def labels_of(runs):
 
 
 def main(argv=None):
+    """The command: see the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a training run")

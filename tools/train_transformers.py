@@ -113,6 +113,7 @@ def build_model(config, pretrained=False):
 
 
 def main(argv=None):
+    """The command: see the top of this file."""
     argv = DEFAULTS + (sys.argv[1:] if argv is None else argv)
     args = train.parse_args(argv)
     wrong = [name for name, value in REQUIRED.items() if getattr(args, name) != value]
