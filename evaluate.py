@@ -185,7 +185,11 @@ def network_output(model, image, size, amp="off"):
     else:                                                            # 4 times, as in the loss
         class_logits, logits = None, output[-1, 0]
         logits = upsample(logits, [4 * side for side in logits.shape[-2:]])
-    if not all(x.isfinite().all() for x in (class_logits, logits) if x is not None):
+
+    finite = logits.isfinite().all()
+    if class_logits is not None:
+        finite &= class_logits.isfinite().all()
+    if not finite:
         raise UserError("the output of the network is not finite: try --amp off, or another "
                         "checkpoint")
     return class_logits, logits[:, :size[0], :size[1]]               # without the padding
