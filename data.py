@@ -28,7 +28,7 @@ import signal
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -46,8 +46,9 @@ class UserError(ValueError):
     """An error that the user can fix; the message says what is wrong, and how to fix it."""
 
 
+@cache
 def warn(message):
-    """Prints one line on stderr, by one process of a job; a run goes on after it."""
+    """Prints one line on stderr, once, by one process of a job; a run goes on after it."""
     if os.environ.get("RANK", "0") == "0":
         # Python's stderr escapes what the console cannot show, so this never fails.
         print(f"warning: {message}", file=sys.stderr, flush=True)
@@ -696,12 +697,23 @@ def value_dataset(pairs, classes, values, is_thing=None, void_values=None, panop
 
 
 def without_truth(paths, info):
-    """A dataset of images alone. info: a dict of "classes", "is_thing" and, if known, the
-    publisher's "category_ids" and "label_values", such as a checkpoint."""
+    """A dataset of images alone. info: a checkpoint's "config", "classes", "is_thing" and, if it
+    has them, the publisher's "category_ids" and "label_values"."""
     numbers = info.get("category_ids") or list(range(len(info["classes"])))
     return SegmentationDataset([(path, None) for path in paths], info["classes"], info["is_thing"],
                                read_segments=None, category_ids=numbers, has_truth=False,
-                               label_values=info.get("label_values"))
+                               label_values=info.get("label_values"),
+                               image_ids=published_image_ids(info["config"]["dataset"], paths))
+
+
+def published_image_ids(dataset, paths):
+    """-> {name of an image: the publisher's id}, by which its evaluators know the image."""
+    names = [path.stem for path in paths]
+    if dataset.startswith("cityscapes"):
+        return {name: name.removesuffix("_leftImg8bit") for name in names}
+    if dataset == "coco-panoptic":
+        return {name: int(name) for name in names if name.isdecimal()}
+    return {}
 
 
 def published_classes(name):
@@ -782,8 +794,7 @@ def cityscapes(root, split, panoptic=False):
         kind = "instanceIds" if panoptic else "labelIds"
         pairs = pair_files(images, root / "gtFine" / split, "_leftImg8bit.png",
                            [f"_gtFine_{kind}.png"])
-    # Its evaluators know images by this part of the file's name.
-    image_ids = {path.stem: path.stem.removesuffix("_leftImg8bit") for path, _ in pairs}
+    image_ids = published_image_ids("cityscapes", [path for path, _ in pairs])
     return value_dataset(pairs, names, values, is_thing, panoptic=panoptic, image_ids=image_ids,
                          has_truth=split != "test")
 
@@ -840,17 +851,18 @@ class ClassLine(NamedTuple):
     kind: str                   # thing, stuff or void
 
 
-COLOR = r"\d+\s+\d+\s+\d+"
+COLOR = r"\d+[\s,]+\d+[\s,]+\d+"
 LINE_OF_CLASS = re.compile(rf"((?P<color_first>{COLOR})\s+)?"
                            r"(?P<name>.+?)"
                            rf"(\s+(?P<color>{COLOR}))?"
-                           r"(\s+(?P<kind>thing|stuff|void))?")
+                           r"(\s+(?P<kind>thing|stuff|void))?", re.IGNORECASE)
 
 
 def read_class_list(path):
     """classes.txt -> [ClassLine]. A line is NAME [RED GREEN BLUE] [thing | stuff | void].
 
-    The color may also come first, as in CamVid's label_colors.txt.
+    The color may also come first, as in CamVid's label_colors.txt, and a class called "void" is
+    void.
     """
     text = read_text(path).strip()
     lines = []
@@ -862,11 +874,14 @@ def read_class_list(path):
         match = LINE_OF_CLASS.fullmatch(line)
         color = match["color_first"] or match["color"]
         if color:
-            color = tuple(int(number) for number in color.split())
+            color = tuple(int(number) for number in re.findall(r"\d+", color))
             if max(color) > 255:
                 raise UserError(f"{path}: {line!r} lists a color beyond 255: colors are three "
                                 "numbers from 0 to 255")
-        lines.append(ClassLine(index, match["name"], color, match["kind"] or "stuff"))
+        kind = (match["kind"] or "stuff").lower()
+        if match["name"].lower() == "void":
+            kind = "void"
+        lines.append(ClassLine(index, match["name"], color, kind))
 
     names = [line.name for line in lines if line.kind != "void"]
     colors = [line.color for line in lines if line.color]
@@ -911,40 +926,49 @@ def label_folder(root, split):
     return dataset
 
 
-def check_labels(dataset, where, only_255_is_void, most=50):
-    """Looks at up to 50 label maps and tells what would silently go wrong in training."""
+def check_labels(dataset, where, only_255_is_void):
+    """Tells what would silently go wrong in training with label maps."""
     classes = dataset.classes
-    every = math.ceil(len(dataset) / most)
-    occurring, has_void = classes_in(dataset, dataset.pairs[::every])
-    if len(occurring) < min(2, len(classes)):                        # too odd to be judged by 50
-        every = 1
-        occurring, has_void = classes_in(dataset, dataset.pairs)
-
-    if not occurring:
-        raise UserError(f"{where} holds nothing but void: there is nothing to learn")
+    occurring, has_void, looked_at = look_at_maps(dataset, where)
     if only_255_is_void and has_void and len(classes) == 2 and occurring == {0}:
         raise UserError(f"{where} holds nothing but 0 and 255, and 255 is void. If these are your "
                         "two classes: write 0 and 1, or list their colors in classes.txt "
                         f"({classes[0]} 0 0 0, {classes[1]} 255 255 255)")
     warn_of_one_class(classes, where)
+    hint = ""
+    if only_255_is_void and has_void:
+        hint = "; 255 is void: if it stands for a class, write that class's index instead"
     missing = [repr(name) for k, name in enumerate(classes) if k not in occurring]
     if missing:
-        looked_at = f"any of the {len(dataset.pairs[::every])} label maps looked at"
-        if every == 1:
-            looked_at = "any label map"
-        hint = ""
-        if only_255_is_void and has_void:
-            hint = "; 255 is void: if it stands for a class, write that class's index instead"
-        warn(f"{where}: no {listing(missing)} in {looked_at}{hint}")
+        warn(f"{where}: no {listing(missing)} in any of the {looked_at} label maps looked at{hint}")
+    elif len(classes) == 1 and hint:
+        warn(f"{where}: 0 is {classes[0]!r}{hint}")
+
+
+def look_at_maps(dataset, where, most=50):
+    """Reads up to 50 segment maps, or all if those have less than two classes.
+
+    -> the set of classes that have a pixel, whether void has one, the number of maps. UserError if
+       there is nothing but void.
+    """
+    every = math.ceil(len(dataset) / most)
+    occurring, has_void = classes_in(dataset, dataset.pairs[::every])
+    if len(occurring) < min(2, len(dataset.classes)):                # too odd to be judged by 50
+        every = 1
+        occurring, has_void = classes_in(dataset, dataset.pairs)
+    if not occurring:
+        raise UserError(f"{where} holds nothing but void: there is nothing to learn")
+    return occurring, has_void, len(dataset.pairs[::every])
 
 
 def classes_in(dataset, pairs):
-    """-> the set of classes that occur in the label maps of these pairs, and whether void does."""
+    """-> the set of classes that have a pixel in these pairs' maps, and whether void has one."""
     occurring, has_void = set(), False
     for _, annotation in pairs:
         segment_map, class_of, _ = dataset.read_segments(annotation)
-        occurring.update(class_of.values())
-        has_void = has_void or bool((segment_map == 0).any())
+        present = set(np.flatnonzero(np.bincount(segment_map.ravel())).tolist())
+        occurring.update(class_of[i] for i in present & class_of.keys())
+        has_void = has_void or 0 in present
     return occurring, has_void
 
 
@@ -961,11 +985,11 @@ def coco_panoptic(root, split):
     if split == "test":
         classes = published_classes("coco-panoptic")
         pairs = unlabeled(root / "test2017")
+        image_ids = published_image_ids("coco-panoptic", [path for path, _ in pairs])
         return SegmentationDataset(pairs, [c["name"] for c in classes],
                                    [bool(c["isthing"]) for c in classes], read_segments=None,
                                    category_ids=[c["id"] for c in classes], panoptic=True,
-                                   image_ids={path.stem: int(path.stem) for path, _ in pairs},
-                                   has_truth=False)
+                                   image_ids=image_ids, has_truth=False)
     maps = root / name if (root / name).exists() else root / "annotations" / name
     json_file = root / "annotations" / f"{name}.json"
     return coco_format(root / f"{split}2017", maps, json_file)
@@ -974,8 +998,11 @@ def coco_panoptic(root, split):
 def coco_folder(root, split):
     """Your own data in COCO's panoptic format."""
     other_split = "val" if split == "train" else "train"
-    return coco_format(root / "images" / split, root / f"panoptic_{split}",
-                       root / f"panoptic_{split}.json", root / f"panoptic_{other_split}.json")
+    maps = root / f"panoptic_{split}"
+    dataset = coco_format(root / "images" / split, maps, root / f"panoptic_{split}.json",
+                          root / f"panoptic_{other_split}.json")
+    look_at_maps(dataset, maps)
+    return dataset
 
 
 def coco_format(images, maps, json_file, other_json_file=None):
@@ -1215,14 +1242,14 @@ def align_classes(dataset, info):
     semantic = not dataset.panoptic or info.get("config", {}).get("task") == "semantic"
     if dataset.classes == info["classes"] and (semantic or dataset.is_thing == info["is_thing"]):
         return dataset                           # the same classes in the same order
-    sizes = f"the checkpoint has {len(info['classes'])} classes, the dataset {len(dataset.classes)}"
+    sizes = (f"{len(dataset.classes)} classes in the dataset, {len(info['classes'])} in the "
+             "checkpoint")
     remedy = "choose the data it was trained on (--dataset, --data-root)"
     if not info.get("category_ids"):
         if len(info["classes"]) != len(dataset.classes):
             raise UserError(f"{sizes}: {remedy}")
-        differing = [f"{mine!r} is {theirs!r}"
-                     for mine, theirs in zip(dataset.classes, info["classes"]) if mine != theirs]
-        warn(f"classes of the dataset that the checkpoint calls otherwise: {listing(differing)}")
+        warn("classes of the dataset that the checkpoint calls otherwise: "
+             f"{renamed(dataset.classes, info['classes'])}")
         return dataset
 
     known = class_table(info["category_ids"], info["classes"], info["is_thing"])
@@ -1231,8 +1258,7 @@ def align_classes(dataset, info):
     differing += [f"{i}: {name!r} against nothing"
                   for i, (name, _) in own.items() if i not in known]
     if differing:
-        raise UserError(f"{sizes}, and the dataset's differ from the checkpoint's in "
-                        f"{listing(differing)}: {remedy}")
+        raise UserError(f"{sizes}; they differ in {listing(differing)}: {remedy}")
 
     number = {category_id: k for k, category_id in enumerate(info["category_ids"])}
     aligned = copy.copy(dataset)
@@ -1249,6 +1275,11 @@ def renumbered_segments(annotation, read_segments, new_number):
     """`read_segments`, with class new_number[k] instead of k."""
     segment_map, class_of, crowd = read_segments(annotation)
     return segment_map, {i: new_number[k] for i, k in class_of.items()}, crowd
+
+
+def renamed(ours, theirs):
+    """The places at which two lists of class names differ, as text."""
+    return listing(f"{mine!r} is {other!r}" for mine, other in zip(ours, theirs) if mine != other)
 
 
 def class_table(category_ids, classes, is_thing):

@@ -515,6 +515,8 @@ def overlay(image, segment_map, segments, classes, caption="", box=None):
         text_width, text_height = font.getbbox(name)[2:]
         if text_width * text_height < zoom ** 2 * mask.sum():
             y, x = (mask.nonzero().float().median(0).values * zoom).tolist()
+            x = min(max(x, text_width / 2), zoom * image.shape[2] - text_width / 2)
+            y = min(max(y, text_height / 2), zoom * image.shape[1] - text_height / 2)
             names.append((x, y, name))
         else:
             legend.setdefault(name, color)

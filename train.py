@@ -31,7 +31,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 
 from data import (DATASETS, Augmentation, DetrAugmentation, TrainingSamples, UserError,
-                  build_dataset, listing, resized, seed_of, step_batches, training_batches, warn)
+                  build_dataset, listing, renamed, resized, seed_of, step_batches,
+                  training_batches, warn)
 from evaluate import (AMP, TEST_OPTIONS, ArgumentParser, backend_for, draw_predictions,
                       draw_queries, evaluate, fraction, load, load_checkpoint, pick_amp,
                       non_negative, pick_device, positive_int, rank, rendezvous, run_command,
@@ -462,9 +463,11 @@ def checkpoint_to_continue(args, classes):
     step = last["step"] if last else 0
     if step > args.steps:
         raise UserError(f"{path} is of step {step}, which is after --steps {args.steps}")
+    if last and len(last["classes"]) != len(classes):
+        raise UserError(f"{path} has {len(last['classes'])} classes, the dataset {len(classes)}")
     if last and last["classes"] != classes:
-        raise UserError(f"{path} has other classes ({len(last['classes'])}) than the dataset "
-                        f"({len(classes)})")
+        raise UserError(f"{path} has other classes than the dataset, whose "
+                        f"{renamed(classes, last['classes'])} there")
     if last and not {"optimizer", "scaler", "best"} <= last.keys():
         raise UserError(f"{path} is not of a run: start from it with --init instead")
     if world_size() > 1 and step != step_of_process_0(step):
@@ -486,8 +489,11 @@ def load_into(part, state):
         raise UserError(f"last.pt is of another run than the flags describe: {error}") from error
 
 
-def start_model(args, last, device):
-    """The model in training mode, of a new run or of the checkpoint `last`."""
+def start_model(args, last, device, classes=None):
+    """The model in training mode, of a new run or of the checkpoint `last`.
+
+    classes: of the dataset; a warning tells if those of --init have other names
+    """
     torch.manual_seed(args.seed)
     from_imagenet = args.pretrained and not (args.init or args.init_backbone or last)
     try:
@@ -498,7 +504,7 @@ def start_model(args, last, device):
     if last:
         load_into(model, last["model"])
     elif args.init:
-        skipped = start_from(model, args)
+        skipped = start_from(model, args, classes)
         if rank() == 0:
             print(f"starts from {args.init}; skipped: {', '.join(skipped) or 'nothing'}")
     elif args.init_backbone:
@@ -509,7 +515,7 @@ def start_model(args, last, device):
     return model.to(device).train()
 
 
-def start_from(model, args):
+def start_from(model, args, classes=None):
     """--init: takes over all weights but a class head of another size (baseline+: queries), whose
     names are returned. UserError if anything else differs."""
     other, info = load(args.init)
@@ -527,6 +533,9 @@ def start_from(model, args):
         raise UserError(f"--init {args.init}: the flags describe another model: it differs in "
                         f"{listing(wrong, 4)}")
     model.load_state_dict(fitting, strict=False)
+    if classes and len(classes) == len(info["classes"]) and classes != info["classes"]:
+        warn(f"--init {args.init} has as many classes, so its class head is kept, but other names: "
+             f"{renamed(classes, info['classes'])} there")
     return skipped
 
 
@@ -721,7 +730,7 @@ def train(args, device):
     samples, test_set = load_datasets(args)
     last = checkpoint_to_continue(args, test_set.classes)
     first_step, best = (last["step"], last["best"]) if last else (0, -1.)
-    model = start_model(args, last, device)
+    model = start_model(args, last, device, test_set.classes)
     optimizer, scaler = start_optimizer(model, args, last, device)
     folder = start_folder(args, first_step)
 

@@ -28,6 +28,11 @@ def shapes(root, split, **options):
     return data.Shapes(root, split, length=3 if split == "val" else None, **options)
 
 
+@pytest.fixture(autouse=True)
+def warnings_are_told_again():
+    data.warn.cache_clear()
+
+
 @pytest.fixture
 def short_tests(monkeypatch):
     """Three held-out shapes instead of 100, and no pictures: half a second for a whole tiny run."""

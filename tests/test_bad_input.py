@@ -172,7 +172,7 @@ def test_a_picture_of_one_pixel_is_trained_and_tested_on(tmp_path, folder):
     (["--dim", 64], ["last.pt", "another run", "size mismatch"]),
     (["--backbone", "resnet10t"], ["last.pt", "another run"]),
     (["--model", "per-pixel"], ["last.pt", "another run"]),
-    (["--num-classes", 8], ["last.pt", "other classes (6)", "(8)"]),
+    (["--num-classes", 8], ["last.pt has 6 classes, the dataset 8"]),
 ], ids=["width", "backbone", "model", "classes"])
 def test_a_run_is_not_continued_as_another(run_folder, told, flags, words):
     before = files_in(run_folder)
@@ -228,7 +228,8 @@ def test_weights_that_cannot_be_used_are_named(tmp_path, good, told, flag, name,
 # -------------------------------------------------------------------------------------- evaluate.py
 EVALUATED = {
     "--checkpoint nothing.pt": ["nothing.pt", "No such file"],
-    "--dataset folder --data-root {good}/folder": ["6 classes", "the dataset 3", "--data-root"],
+    "--dataset folder --data-root {good}/folder": ["3 classes in the dataset, 6 in the checkpoint",
+                                                   "--data-root"],
     "--split test": ["'test'", "train or val"],
     "--images nothing.jpg": ["nothing.jpg", "no such file"],
     "--images {good}/folder/classes.txt": ["classes.txt", "replace it"],

@@ -285,7 +285,8 @@ def test_images_whose_results_would_overwrite_each_other_are_refused(tmp_path):
 def test_images_without_truth_are_predicted_saved_and_told(tmp_path, monkeypatch, capsys):
     photo = tmp_path / "photo.png"
     Image.fromarray(noise(40, 72).permute(1, 2, 0).numpy()).save(photo)
-    info = {"classes": NAMES, "is_thing": IS_THING, "category_ids": list(range(20, 20 + K))}
+    info = {"classes": NAMES, "is_thing": IS_THING, "category_ids": list(range(20, 20 + K)),
+            "config": {"dataset": "folder"}}
     dataset = without_truth([photo], info)
     dataset.panoptic = True
     monkeypatch.setattr(evaluate, "MaskFormer", StripesModel)
@@ -511,7 +512,7 @@ def test_outputs_of_layers_are_those_of_training_without_dropout():
 
 # ------------------------------------------------------------------------------------------ loading
 def checkpoint(**flags):
-    config = FLAGS | TEST_OPTIONS | {"task": "panoptic"} | flags
+    config = FLAGS | TEST_OPTIONS | {"task": "panoptic", "dataset": "shapes"} | flags
     return {"model": tiny_model(**flags).state_dict(), "config": config, "classes": NAMES,
             "is_thing": IS_THING, "category_ids": list(range(1, K + 1)), "step": 7}
 

@@ -337,11 +337,11 @@ def test_a_class_that_never_occurs_is_named(tmp_path, capsys):
     make_folder(tmp_path, values=(0, 2))
     build_dataset("folder", tmp_path, "train")
     [line] = warnings_in(capsys)
-    assert line.endswith("annotations/train: no 'car' in any label map")
+    assert line.endswith("train: no 'car' in any of the 1 label maps looked at")
     make_folder(tmp_path, values=(0, 255))
     build_dataset("folder", tmp_path, "train")
     [line] = warnings_in(capsys)
-    assert "no 'car', 'sky' in any label map; 255 is void: if it stands for a class" in line
+    assert "no 'car', 'sky' in any of the 1 label maps looked at; 255 is void: if it stands" in line
 
 
 def test_of_many_label_maps_50_are_looked_at(tmp_path, capsys):
@@ -380,8 +380,17 @@ def test_nothing_but_void_is_refused(tmp_path):
 def test_a_single_class_is_told(tmp_path, capsys):
     make_folder(tmp_path, ("road",), values=(0, 255))
     build_dataset("folder", tmp_path, "train")
-    [line] = warnings_in(capsys)
-    assert "annotations/train: 'road' is the only class" in line
+    [only, meaning] = warnings_in(capsys)
+    assert "annotations/train: 'road' is the only class" in only
+    assert "annotations/train: 0 is 'road'; 255 is void" in meaning
+
+
+def test_a_class_called_void_is_void(tmp_path, capsys):
+    make_folder(tmp_path, ("Void", "road", "sky VOID", "car"), values=(0, 1, 2, 3))
+    dataset = build_dataset("folder", tmp_path, "train")
+    assert dataset.classes == ["road", "car"]
+    assert labels_of(dataset[0]) == [None, 0, None, 1]
+    assert warnings_in(capsys) == []
 
 
 # ---------------------------------------------------------------------------- files that do not fit

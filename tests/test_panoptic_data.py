@@ -4,6 +4,7 @@ checkpoints that were trained on other class lists.
 Whatever is wrong is told in one line that names it, before training starts.
 """
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,9 +76,15 @@ def test_coco_panoptic_ids_and_categories_need_not_be_contiguous(tmp_path, capsy
 
 
 def test_ids_that_the_json_does_not_list_are_named(tmp_path):
-    dataset = panoptic_val(tmp_path, ids=[70_000, 4, 16_000_001, 999])
+    make_panoptic(tmp_path, ids=[70_000, 4, 16_000_001, 999])
     with pytest.raises(UserError, match=r"photo.png holds the ids \[4, 999\]"):
-        dataset[0]
+        build_dataset("panoptic", tmp_path, "val")
+
+
+def test_pngs_of_nothing_but_void_are_refused(tmp_path):
+    make_panoptic(tmp_path, ids=[0, 0, 0, 0])
+    with pytest.raises(UserError, match="panoptic_val holds nothing but void"):
+        build_dataset("panoptic", tmp_path, "val")
 
 
 def test_listed_segments_without_pixels_are_never_trained_on(tmp_path):
@@ -136,8 +143,9 @@ def test_pngs_of_one_channel_hold_the_ids(dtype, tmp_path):
     def change(content):
         content["annotations"][0]["segments_info"] = segments_of(SMALL_IDS)
 
-    dataset = panoptic_val(tmp_path, change)
+    make_panoptic(tmp_path, change)
     write_png(tmp_path / "panoptic_val/photo.png", blocks(4, 3, 0, 250, 7, dtype=dtype))
+    dataset = build_dataset("panoptic", tmp_path, "val")
     assert labels_of(dataset[0]) == [2, 0, None, 0, 1]
 
 
@@ -145,10 +153,11 @@ def test_palette_pngs_hold_the_ids_as_indices(tmp_path):
     def change(content):
         content["annotations"][0]["segments_info"] = segments_of(SMALL_IDS)
 
-    dataset = panoptic_val(tmp_path, change)
+    make_panoptic(tmp_path, change)
     png = Image.fromarray(blocks(4, 3, 0, 250, 7)).convert("P")
     png.putpalette(np.random.default_rng(0).integers(0, 256, 768).tolist())
     png.save(tmp_path / "panoptic_val/photo.png")
+    dataset = build_dataset("panoptic", tmp_path, "val")
     assert labels_of(dataset[0]) == [2, 0, None, 0, 1]
 
 
@@ -281,7 +290,7 @@ def test_a_single_category_is_told(tmp_path, capsys):
         content["categories"] = [CATEGORIES[1]]
         content["annotations"][0]["segments_info"] = segments_of(IDS)[1:3]
 
-    panoptic_val(tmp_path, change)
+    panoptic_val(tmp_path, change, ids=[0, *IDS[1:3], 0])
     [line] = warnings_in(capsys)
     assert "panoptic_val.json: 'person' is the only class" in line
 
@@ -342,7 +351,7 @@ def test_a_dataset_that_lacks_classes_is_numbered_like_the_checkpoint(tmp_path):
     ({"classes": ["person", "brush", "lawn"]}, "200: 'grass' against 'lawn'"),
     ({"is_thing": [True, False, False]}, "90: 'brush', a thing against stuff"),
     ({"classes": ["person", "brush"], "is_thing": [True, True], "category_ids": [1, 90]},
-     "has 2 classes, the dataset 3.*200: 'grass' against nothing")])
+     "3 classes in the dataset, 2 in the checkpoint.*200: 'grass' against nothing")])
 def test_a_dataset_of_other_classes_is_refused(changes, words, tmp_path):
     dataset = panoptic_val(tmp_path)
     info = info_of(dataset) | changes
@@ -358,14 +367,14 @@ def test_old_checkpoints_without_ids_are_compared_by_number_and_name(tmp_path, c
     assert align_classes(dataset, info) is dataset
     [line] = warnings_in(capsys)
     assert "'grass' is 'lawn'" in line
-    with pytest.raises(UserError, match="has 2 classes, the dataset 3"):
+    with pytest.raises(UserError, match="3 classes in the dataset, 2 in the checkpoint"):
         align_classes(dataset, {"classes": ["a", "b"], "is_thing": [True, True]})
 
 
 def test_photos_are_a_dataset_in_the_classes_of_a_checkpoint(tmp_path):
     pixels = write_image(tmp_path / "photo.png")
     info = {"classes": ["wall", "sky"], "is_thing": [False, True], "category_ids": [0, 1],
-            "label_values": [1, 2]}
+            "label_values": [1, 2], "config": {"dataset": "folder"}}
     dataset = data.without_truth([tmp_path / "photo.png"], info)
     assert (dataset.classes, dataset.is_thing) == (info["classes"], info["is_thing"])
     assert (dataset.category_ids, dataset.label_values) == ([0, 1], [1, 2])
@@ -377,6 +386,17 @@ def test_photos_are_a_dataset_in_the_classes_of_a_checkpoint(tmp_path):
     assert (class_of, crowd, name) == ({}, [], "photo")
     del info["category_ids"], info["label_values"]                   # of an old checkpoint
     assert data.without_truth([], info).label_values == [0, 1]
+
+
+@pytest.mark.parametrize("dataset, name, image_id", [
+    ("cityscapes-panoptic", "bern_000000_000019_leftImg8bit", "bern_000000_000019"),
+    ("coco-panoptic", "000000142238", 142238),
+    ("coco-panoptic", "my_photo", "my_photo"),
+    ("panoptic", "000000142238", "000000142238")])
+def test_photos_have_the_ids_by_which_the_publishers_evaluator_knows_them(dataset, name, image_id):
+    info = {"classes": ["car"], "is_thing": [True], "config": {"dataset": dataset}}
+    photos = data.without_truth([Path(f"{name}.png")], info)
+    assert photos.image_ids.get(name, name) == image_id
 
 
 def test_label_values_are_the_category_ids_unless_given():

@@ -219,6 +219,24 @@ def test_init_skips_a_class_head_of_another_size_and_nothing_else(tmp_path, caps
         run("--steps", 1, "--dim", 64, "--output", tmp_path / "x", "--init", source)
 
 
+def test_init_tells_if_it_keeps_the_class_head_of_other_classes(tmp_path, capsys):
+    run("--steps", 1, "--output", tmp_path / "shapes")
+    checkpoint = content(tmp_path / "shapes" / "last.pt")
+    checkpoint["classes"][1] = "plaid"
+    torch.save(checkpoint, tmp_path / "other.pt")
+    run("--steps", 1, "--output", tmp_path / "x", "--init", tmp_path / "other.pt")
+    assert "other names: 'checks' is 'plaid' there\n" in capsys.readouterr().err
+
+
+def test_a_run_is_not_resumed_with_renamed_classes(tmp_path):
+    run("--steps", 1, "--output", tmp_path)
+    checkpoint = content(tmp_path / "last.pt")
+    checkpoint["classes"][1] = "plaid"
+    torch.save(checkpoint, tmp_path / "last.pt")
+    with pytest.raises(UserError, match="whose 'checks' is 'plaid' there"):
+        run("--steps", 2, "--output", tmp_path, "--resume")
+
+
 def test_init_skips_the_queries_of_the_baseline_whose_queries_are_classes(tmp_path, capsys):
     run("--model", "per-pixel-plus", "--steps", 1, "--output", tmp_path / "six")
     source = tmp_path / "six" / "last.pt"

@@ -484,6 +484,9 @@ def official_checkpoint(source):
                  "is_thing": [False] * K,
                  "category_ids": list(range(K)),
                  "label_values": list(range(K))}
+        if panoptic:
+            print(f"{path} does not say which of its {K} classes are things: it is taken for a "
+                  "model for semantic segmentation")
     else:
         lists = class_lists(dataset)
 
