@@ -6,7 +6,9 @@ name. Semantic data have one segment for each class in the image, panoptic data 
 nothing else differs. The map goes through augmentation and to the device as it is; only there is it
 split into binary masks.
 
-Letters   B images · N segments in the batch · K classes · H W image size
+Letters   B images · N segments in the batch · n segments of an image · K classes · H W image size
+Numbers   label: a class, 0 to K-1 · value: a class in the publisher's label files
+          category id: a class in the publisher's lists · segment id: a segment in a map, from 1
 
     dataset = build_dataset("shapes", split="val")
     image, segment_map, class_of, crowd, name = dataset[0]    # [3, H, W], [H, W], {id: class}, []
@@ -74,7 +76,7 @@ class SegmentationDataset(Dataset):
     An item: image [3, H, W] uint8, segment map [H, W] uint8 or int32 (0 is void), {segment id:
     class}, the ids of crowd segments, the image's name. UserError for a file that cannot be used.
     """
-    pairs: list                 # (image file, annotation); a tuple begins with the label file
+    pairs: list                 # (image file, annotation: a file, or a tuple that starts with one)
     classes: list               # K names
     is_thing: list              # K bools
     read_segments: Callable     # annotation -> segment map [H, W], {id: class}, crowd ids
@@ -101,13 +103,17 @@ class SegmentationDataset(Dataset):
             segment_map, class_of, crowd = np.zeros(image.shape[1:], np.uint8), {}, []
 
         if segment_map.shape != image.shape[1:]:
-            file = annotation[0] if isinstance(annotation, tuple) else annotation
             raise UserError(f"{path} has (height, width) {tuple(image.shape[1:])}, its annotation "
-                            f"{file} {segment_map.shape}: make them equal")
+                            f"{file_of(annotation)} {segment_map.shape}: make them equal")
         segment_map = torch.from_numpy(segment_map)
         if min(segment_map.shape) > self.shrink_to:
             image, segment_map = resized(image, segment_map, self.shrink_to)
         return image, segment_map, class_of, crowd, Path(path).stem
+
+
+def file_of(annotation):
+    """The file of an annotation, which may be a tuple that starts with it."""
+    return annotation[0] if isinstance(annotation, tuple) else annotation
 
 
 TEST_SPLITS = ("cityscapes", "cityscapes-panoptic", "mapillary", "coco-panoptic")
@@ -130,7 +136,7 @@ def build_dataset(name, root=None, split="train", **options):
     root = Path(root or os.environ.get("DATA_ROOT") or "datasets")
     try:
         return DATASETS[name](root, split, **options)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         nearest = Path(os.path.realpath(error.filename)).parent
         while not nearest.is_dir():
             nearest = nearest.parent
@@ -225,7 +231,7 @@ def random_choice(values):
 
 
 def pad_to(x, size, value):
-    """Pads [..., H, W] at the right and the bottom to `size`. value: a number, or one a channel."""
+    """Pads [..., H, W] at the right and the bottom to `size`. value: one, or one per channel."""
     height, width = x.shape[-2:]
     if [height, width] == list(size):
         return x
@@ -337,8 +343,8 @@ class Batch(NamedTuple):
 
 
 def collate(samples):
-    """Samples -> Batch. Smaller images are padded at the right and the bottom, with ImageNet's mean
-    (zero after its normalization) and void."""
+    """Samples -> Batch. Smaller images are padded at the right and the bottom: maps with void,
+    images with ImageNet's mean, rounded (about zero after normalization)."""
     images, segment_maps, ids, labels, names = zip(*samples)
     size = [max(image.shape[1] for image in images), max(image.shape[2] for image in images)]
     images = torch.stack([pad_to(image, size, (124, 116, 104)) for image in images])
@@ -362,9 +368,8 @@ def step_batches(first, steps, batch_size, rank=0, world_size=1, accumulate=1):
 def training_batches(samples, sampler, workers, device):
     """-> iterator over the `Batch`es of a sampler, read ahead by `workers` processes."""
     loader = DataLoader(samples, batch_sampler=sampler, collate_fn=collate, num_workers=workers,
-                        pin_memory=device.type == "cuda", persistent_workers=workers > 0,
-                        prefetch_factor=4 if workers else None,
-                        worker_init_fn=ignore_stop_signals)
+                        pin_memory=device.type == "cuda", worker_init_fn=ignore_stop_signals,
+                        prefetch_factor=4 if workers else None)      # evens out slow images
     return iter(loader)
 
 
@@ -382,8 +387,8 @@ LOBES = {"disk": 0, "peanut": 2, "trefoil": 3, "cross": 4, "star": 5}
 
 
 class Shapes(SegmentationDataset):
-    """Drawn pictures: two or three textured regions (stuff) under one to three forms (things), each
-    of which is an instance.
+    """Drawn pictures: two or three textured regions (stuff) under one to three forms (things), as
+    far as there are classes. Each form is an instance.
 
     A picture is a function of (seed, split, index). Half of the classes are textures, half forms;
     each has its own hue; with more than five of a kind, some differ in hue alone.
@@ -616,8 +621,11 @@ def read_mat(path):
         import h5py
     except ImportError:
         raise UserError(f"{path}: to read .mat files, pip install h5py") from None
-    with h5py.File(path) as file:
-        return np.array(file["S"]).T.astype(np.int32)                # stored column by column
+    try:
+        with h5py.File(path) as file:
+            return np.array(file["S"]).T.astype(np.int32)            # stored column by column
+    except (OSError, KeyError) as error:
+        raise UserError(f"{path} is no label file of COCO-Stuff ({error}): replace it") from error
 
 
 def read_colors(path, colors):
@@ -644,7 +652,7 @@ def colors_in(rgb):
 def segments_of_values(annotation, read_values, class_of_value, void_values, is_thing=None):
     """A map of class values -> segment map [H, W], {segment id: class}, crowd ids.
 
-    Segment ids are 1, 2, .. in the order of the values.
+    Segment ids are 1, 2, ... in the order of the values.
 
     read_values: a function, annotation -> values [H, W]
     void_values: values without a class; None: all that class_of_value does not list
@@ -662,8 +670,7 @@ def segments_of_values(annotation, read_values, class_of_value, void_values, is_
     if void_values is not None:
         wrong = [value for value in present if value not in classes and value not in void_values]
         if wrong:
-            file = annotation[0] if isinstance(annotation, tuple) else annotation
-            raise UserError(f"{file} holds [{listing(wrong)}]; classes are "
+            raise UserError(f"{file_of(annotation)} holds [{listing(wrong)}]; classes are "
                             f"{min(class_of_value)}..{max(class_of_value)}, void is "
                             f"{listing(sorted(void_values))}. If labels start at 1, subtract 1; "
                             "if the list of classes is too short, complete it")
@@ -852,10 +859,10 @@ class ClassLine(NamedTuple):
 
 
 COLOR = r"\d+[\s,]+\d+[\s,]+\d+"
-LINE_OF_CLASS = re.compile(rf"((?P<color_first>{COLOR})\s+)?"
+LINE_OF_CLASS = re.compile(rf"((?P<color_first>{COLOR})[\s,]+)?"
                            r"(?P<name>.+?)"
-                           rf"(\s+(?P<color>{COLOR}))?"
-                           r"(\s+(?P<kind>thing|stuff|void))?", re.IGNORECASE)
+                           rf"([\s,]+(?P<color>{COLOR}))?"
+                           r"([\s,]+(?P<kind>thing|stuff|void))?", re.IGNORECASE)
 
 
 def read_class_list(path):
@@ -864,7 +871,7 @@ def read_class_list(path):
     The color may also come first, as in CamVid's label_colors.txt, and a class called "void" is
     void.
     """
-    text = read_text(path).strip()
+    text = read_text(path).rstrip()
     lines = []
     for index, line in enumerate(text.split("\n") if text else []):
         line = line.strip()
@@ -946,7 +953,7 @@ def check_labels(dataset, where, only_255_is_void):
 
 
 def look_at_maps(dataset, where, most=50):
-    """Reads up to 50 segment maps, or all if those have less than two classes.
+    """Reads up to 50 segment maps, or all if those have fewer than two classes.
 
     -> the set of classes that have a pixel, whether void has one, the number of maps. UserError if
        there is nothing but void.
@@ -954,6 +961,8 @@ def look_at_maps(dataset, where, most=50):
     every = math.ceil(len(dataset) / most)
     occurring, has_void = classes_in(dataset, dataset.pairs[::every])
     if len(occurring) < min(2, len(dataset.classes)):                # too odd to be judged by 50
+        if len(dataset) > 1000:
+            warn(f"{where}: the first {most} maps show fewer than two classes; reading all")
         every = 1
         occurring, has_void = classes_in(dataset, dataset.pairs)
     if not occurring:
@@ -1001,7 +1010,7 @@ def coco_folder(root, split):
     maps = root / f"panoptic_{split}"
     dataset = coco_format(root / "images" / split, maps, root / f"panoptic_{split}.json",
                           root / f"panoptic_{other_split}.json")
-    look_at_maps(dataset, maps)
+    look_at_maps(dataset, maps)              # for its errors: unlisted ids, nothing but void
     return dataset
 
 
@@ -1141,7 +1150,8 @@ def match_files(folder, names):
     As some tools write them, names may hold subfolders that are not there and, for PNGs, the ending
     of the image.
     """
-    found = set(glob.glob("**/*", root_dir=folder, recursive=True))
+    found = glob.glob("**/*", root_dir=folder, recursive=True)
+    found = {Path(file).as_posix() for file in found}                # no backslashes on Windows
     files, missing = [], []
     for name in names:
         name = str(name).replace("\\", "/")                          # written on Windows
@@ -1203,7 +1213,7 @@ def check_segments(json_file, names, segments):
 def read_panoptic_png(annotation):
     """A PNG and its `listed_segments` -> segment map [H, W], {segment id: class}, crowd ids.
 
-    Segment ids are 1, 2, .. in the order of the json's ids.
+    Segment ids are 1, 2, ... in the order of the json's ids.
     """
     path, segments = annotation
     listed = np.append(0, segments[:, 0])                            # 0 is void
@@ -1248,14 +1258,18 @@ def align_classes(dataset, info):
     if not info.get("category_ids"):
         if len(info["classes"]) != len(dataset.classes):
             raise UserError(f"{sizes}: {remedy}")
-        warn("classes of the dataset that the checkpoint calls otherwise: "
-             f"{renamed(dataset.classes, info['classes'])}")
+        if dataset.classes != info["classes"]:
+            warn("classes of the dataset that the checkpoint calls otherwise: "
+                 f"{renamed(dataset.classes, info['classes'])}")
+        else:
+            warn("the dataset and the checkpoint differ in which classes are things; the dataset's "
+                 "are scored")
         return dataset
 
     known = class_table(info["category_ids"], info["classes"], info["is_thing"])
     own = class_table(dataset.category_ids, dataset.classes, dataset.is_thing)
-    differing = differences(own, known, compare_things=dataset.panoptic)
-    differing += [f"{i}: {name!r} against nothing"
+    differing = differences(own, known, compare_things=not semantic)
+    differing += [f"{i}: {name!r}, which the checkpoint lacks"
                   for i, (name, _) in own.items() if i not in known]
     if differing:
         raise UserError(f"{sizes}; they differ in {listing(differing)}: {remedy}")

@@ -4,7 +4,6 @@
     python evaluate.py --weights maskformer_R50_bs16_160k --images photo.jpg --save out
 
 Letters   Q queries · K classes · H W size of the original image · n segments or classes at a time
-          T P segments of the truth and of the prediction, void included
 """
 import argparse
 import colorsys
@@ -43,9 +42,9 @@ class ConfusionMatrix:
     classes have an IoU of 1/2: mIoU 50, mACC 75, pACC 66.7. All values are percentages.
     """
 
-    def __init__(self, num_classes, void=255):
+    def __init__(self, num_classes, void=None):
         self.num_classes = num_classes
-        self.void = void
+        self.void = void_label(num_classes) if void is None else void
         self.counts = torch.zeros(num_classes, num_classes + 1, dtype=torch.int64)   # last: void
 
     def update(self, prediction, target):
@@ -108,15 +107,19 @@ class PanopticQuality:
 
     def update(self, pred_map, pred_segments, true_map, true_segments):
         """Maps [H, W] of segment ids, 0 void (like ids that are not listed); segments
-        [{"id", "category_id", "iscrowd" (optional)}]. IndexError for an unknown class."""
+        [{"id", "category_id", "iscrowd" (optional)}]. IndexError for a class of K or more,
+        ValueError for a negative one."""
+        if any(segment["category_id"] < 0 for segment in [*pred_segments, *true_segments]):
+            raise ValueError("a segment has a negative class")
         pred_map, pred_class, _ = compact(pred_map, pred_segments)
         true_map, true_class, crowd = compact(true_map, true_segments)
-        T, P = len(true_class), len(pred_class)                      # entry 0 is void, of class -1
-        overlap = torch.bincount((true_map * P + pred_map).flatten(), minlength=T * P)
-        overlap = overlap.view(T, P).double()
+        num_true, num_pred = len(true_class), len(pred_class)        # entry 0 is void, of class -1
+        overlap = torch.bincount((true_map * num_pred + pred_map).flatten(),
+                                 minlength=num_true * num_pred)
+        overlap = overlap.view(num_true, num_pred).double()
         true_area, pred_area, void = overlap.sum(1), overlap.sum(0), overlap[0]
 
-        same = (true_class[:, None] == pred_class) & (true_class[:, None] >= 0)      # [T, P]
+        same = (true_class[:, None] == pred_class) & (true_class[:, None] >= 0)
         union = true_area[:, None] + pred_area - void - overlap
         iou = torch.where(same & ~crowd[:, None], overlap / union.clamp(min=1), 0)
         t, p = (iou > 0.5).nonzero().unbind(1)                       # each in one pair at most
@@ -316,12 +319,10 @@ def evaluate(model, dataset, inference=None, save=None, workers=0, task="panopti
     void = void_label(K)
     instances = dataset.panoptic and has_instances(model, task)
     panoptic = instances or inference == "panoptic"
-    if inference == "panoptic" and type(model) is not MaskFormer:
-        raise UserError("--inference panoptic: the per-pixel baselines predict no segments")
     if save:
         check_names(save, dataset)
 
-    matrix = ConfusionMatrix(K, void)
+    matrix = ConfusionMatrix(K)
     quality = PanopticQuality(K, dataset.is_thing if instances else [False] * K)
     annotations = []                                                 # of COCO's json
     mine = range(rank(), len(dataset), world_size())                 # this process's images
@@ -370,9 +371,9 @@ def with_progress(items, text):
         yield item
 
 
-def class_regions(label, void):
+def class_regions(label_map, void):
     """Classes of pixels [H, W] -> segment map of ids class + 1, 0 void; its segments, all stuff."""
-    ids = torch.where(label == void, 0, label + 1)
+    ids = torch.where(label_map == void, 0, label_map + 1)
     present = ids.flatten().bincount().nonzero().flatten().tolist()  # unique() is 20 times slower
     return ids, [{"id": i, "category_id": i - 1, "isthing": False} for i in present if i > 0]
 
@@ -423,7 +424,7 @@ def save_label_map(folder, name, dataset, label_map):
     value_of_class = value_of_class.astype(np.uint8 if value_of_class.max() <= 255 else np.uint16)
     K = len(dataset.classes)
     values = value_of_class[label_map.cpu().clamp(max=K).numpy()]    # void_label(K) is at least K
-    picture_of(values, Path(folder) / "semantic" / f"{name}.png")
+    save_image(values, Path(folder) / "semantic" / f"{name}.png")
 
 
 def save_overlay(folder, name, dataset, image, label_map, segment_map, segments):
@@ -443,7 +444,7 @@ def save_segments(folder, name, dataset, segment_map, segments):
     """
     ids = segment_map.cpu().numpy()
     rgb = np.stack([ids & 255, ids >> 8 & 255, ids >> 16], -1).astype(np.uint8)
-    picture_of(rgb, Path(folder) / "panoptic" / f"{name}.png")
+    save_image(rgb, Path(folder) / "panoptic" / f"{name}.png")
     listed = []
     for segment in segments:
         category = dataset.category_ids[segment["category_id"]]
@@ -454,8 +455,8 @@ def save_segments(folder, name, dataset, segment_map, segments):
             "height": ids.shape[0], "width": ids.shape[1]}
 
 
-def picture_of(values, path):
-    """Saves an array as an image file, and makes the folder."""
+def save_image(values, path):
+    """Saves an array as an image file; makes its folder if there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(values).save(path)
 
@@ -513,7 +514,8 @@ def overlay(image, segment_map, segments, classes, caption="", box=None):
         image[:, mask] = (0.4 * image[:, mask] + 0.6 * tint).byte()
 
         text_width, text_height = font.getbbox(name)[2:]
-        if text_width * text_height < zoom ** 2 * mask.sum():
+        fits = text_width <= zoom * image.shape[2]
+        if fits and text_width * text_height < zoom ** 2 * mask.sum():
             y, x = (mask.nonzero().float().median(0).values * zoom).tolist()
             x = min(max(x, text_width / 2), zoom * image.shape[2] - text_width / 2)
             y = min(max(y, text_height / 2), zoom * image.shape[1] - text_height / 2)
@@ -549,7 +551,7 @@ def with_legend(picture, legend, font):
     return wider
 
 
-def grid(rows, path):
+def save_grid(rows, path):
     """Saves rows of PIL pictures of one size as one picture; short rows end in white."""
     width, height = rows[0][0].size
     columns = max(len(row) for row in rows)
@@ -574,8 +576,8 @@ def draw_predictions(model, dataset, path, **options):
         image, segment_map, class_of, crowd, name = dataset[i]
         truth = [{"id": id_, "category_id": k, "isthing": dataset.is_thing[k]}
                  for id_, k in class_of.items()]
-        label, predicted, segments = predict(model, image, dataset.is_thing, **options)
-        regions, region_list = class_regions(label, void_label(len(classes)))
+        label_map, predicted, segments = predict(model, image, dataset.is_thing, **options)
+        regions, region_list = class_regions(label_map, void_label(len(classes)))
         row = [overlay(image, segment_map, [], classes, name, box),
                overlay(image, segment_map, truth, classes, "truth", box),
                overlay(image, regions, region_list, classes, "semantic", box)]
@@ -583,7 +585,7 @@ def draw_predictions(model, dataset, path, **options):
             caption = f"panoptic, {len(segments)} segments"
             row.append(overlay(image, predicted, segments, classes, caption, box))
         rows.append(row)
-    grid(rows, path)
+    save_grid(rows, path)
 
 
 @torch.no_grad()
@@ -609,7 +611,7 @@ def draw_queries(model, dataset, path, test_short_side, test_max_long_side):
         prob, label = class_logits[surest[0]].softmax(-1)[:-1].max(-1)
         caption = f"layer {l}: {dataset.classes[label]} {prob:.2f}"
         row.append(picture_of_mask(mask_logits[surest[0]], caption, box))
-    grid(rows + [row], path)
+    save_grid(rows + [row], path)
 
 
 def outputs_of_layers(model, image, size):
@@ -647,7 +649,7 @@ def load_checkpoint(path):
         raise UserError(f"{path} is not a whole checkpoint of train.py ({error!r:.60})") from error
     if missing:
         raise UserError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(missing)}")
-    state["config"]["num_classes"] = len(state["classes"])
+    state["config"]["num_classes"] = len(state["classes"])           # older files hold None
     return state
 
 
@@ -760,7 +762,7 @@ def non_negative(text):
     return checked(float(text), 0, math.inf)
 
 
-def scale(text):
+def scale_factor(text):
     return checked(float(text), 0.1, 10)
 
 
@@ -782,8 +784,7 @@ def run_command(main):
 
     A mistake that the user can fix is one line and exit code 2, a bug a traceback and exit code 1.
     """
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")                         # a console may lack characters
+    sys.stdout.reconfigure(errors="replace")                         # a console may lack characters
     try:
         code = main()
     except (UserError, OSError, dist.DistNetworkError, torch.OutOfMemoryError) as error:
@@ -833,7 +834,7 @@ def parse_args(argv=None):
         help="class probability that makes a query a segment (default: as in the training)")
     add("--overlap-threshold", type=fraction, metavar="P",
         help="share of its mask that a segment must keep (default: as in the training)")
-    add("--scales", type=scale, nargs="+", default=[1.], metavar="S",
+    add("--scales", type=scale_factor, nargs="+", default=[1.], metavar="S",
         help="class scores are averaged over these multiples of the test size (default: 1)")
     add("--flip", action="store_true", help="and over the mirror image of each")
     add("--inference", choices=["semantic", "panoptic"],
@@ -851,6 +852,8 @@ def parse_args(argv=None):
 def main(argv=None):
     """The command: see the top of this file."""
     args = parse_args(argv)
+    if args.images and (args.dataset or args.data_root or args.split):
+        raise UserError("--images takes no --dataset, --data-root or --split")
     device = pick_device()
     if "RANK" in os.environ:                                         # started by torchrun
         dist.init_process_group(backend_for(device), **rendezvous())
@@ -861,8 +864,6 @@ def main(argv=None):
     options = {name: config[name] for name in TEST_OPTIONS}
     options |= {"scales": args.scales, "flip": args.flip, "amp": pick_amp(args.amp, device)}
 
-    if args.images and (args.dataset or args.data_root or args.split):
-        raise UserError("--images takes no --dataset, --data-root or --split")
     if args.images:
         save = args.save or "predictions"
         dataset = photos(args.images, info)

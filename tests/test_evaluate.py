@@ -272,7 +272,8 @@ def test_processes_share_the_images_of_an_evaluation(monkeypatch):
 
 def test_a_baseline_has_no_panoptic_inference():
     with pytest.raises(UserError, match="--inference panoptic"):
-        evaluate.evaluate(StripesModel(), FewImages(1), inference="panoptic")
+        evaluate.evaluate(tiny_model(model="per-pixel-plus"), FewImages(1), inference="panoptic",
+                          **TEST_OPTIONS)
 
 
 def test_images_whose_results_would_overwrite_each_other_are_refused(tmp_path):

@@ -245,6 +245,7 @@ def test_an_index_may_be_declared_void(tmp_path, capsys):
 
 RGB = {"road": (128, 64, 128), "sky": (0, 0, 0), "car": (255, 0, 1), "other": (9, 9, 9)}
 COLORED = ("road 128 64 128", "sky 0 0 0 stuff", "other 9 9 9 void", "car 255 0 1 thing")
+COMMAS = ("road, 128, 64, 128", "sky,0,0,0,stuff", "other 9,9,9 void", "car 255 0 1, thing")
 COLOR_FIRST = ("128 64 128\troad", "0 0 0\t\tsky stuff", "9 9 9 other void", "255 0 1 car thing")
 
 
@@ -254,7 +255,8 @@ def colored(*names, channels=3):
     return np.concatenate([rgb, alpha], -1)
 
 
-@pytest.mark.parametrize("lines, channels", [(COLORED, 3), (COLORED, 4), (COLOR_FIRST, 3)])
+@pytest.mark.parametrize("lines, channels", [(COLORED, 3), (COLORED, 4), (COLOR_FIRST, 3),
+                                             (COMMAS, 3)])
 def test_masks_may_hold_the_colors_that_classes_txt_lists(lines, channels, tmp_path, capsys):
     make_folder(tmp_path, lines)
     write_png(tmp_path / "annotations/val/b.png",
@@ -302,6 +304,7 @@ def test_a_colored_mask_is_refused_with_its_colors_if_none_are_listed(tmp_path):
     (["road", "sky", "road thing"], "'road' more than once"),
     (["road 1 2 3", "sky"], "no color for 'sky'"),
     (["road 1 2 3", "sky 1 2 3"], r"\(1, 2, 3\) more than once"),
+    (["", "road"], "line 1 is empty"),
     (["road 1 2 256"], "'road 1 2 256'.*255")])
 def test_a_list_of_classes_that_contradicts_itself_is_refused(lines, words, tmp_path):
     make_folder(tmp_path, lines)
@@ -425,6 +428,12 @@ def test_image_and_annotation_of_different_sizes_are_named(tmp_path):
     with pytest.raises(UserError, match=r"images/val/b.jpg .*\(10, 15\).*annotations/val/b.png "
                                         r"\(10, 14\)"):
         dataset[0]
+
+
+def test_a_file_instead_of_the_folder_is_named_with_the_layout(tmp_path):
+    make_folder(tmp_path)
+    with pytest.raises(UserError, match="classes.txt/classes.txt: Not a directory.*Expected"):
+        build_dataset("folder", tmp_path / "classes.txt", "val")
 
 
 def test_an_empty_split_is_named_with_its_folder(tmp_path):

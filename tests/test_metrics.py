@@ -106,6 +106,12 @@ def test_void_may_be_another_value_where_255_is_a_class():
     assert result["mIoU"] == 100 and result["IoU"][255] == 100
 
 
+def test_255_is_a_class_of_300_unless_told_otherwise():
+    matrix = ConfusionMatrix(300)
+    matrix.update(torch.tensor([[0, 3, 3]]), torch.tensor([[255, 3, 65535]]))
+    assert matrix.compute()["mIoU"] == 50
+
+
 # ----------------------------------------------------------------------------------------------- PQ
 def segment(i, category, crowd=False):
     return {"id": i, "category_id": category} | ({"iscrowd": 1} if crowd else {})
@@ -293,6 +299,8 @@ def test_a_segment_of_an_unknown_class_raises():
         pq([[1, 1]], [segment(1, K)], [[2, 2]], [segment(2, 3)])
     with pytest.raises(IndexError):
         pq([[1, 1]], [segment(1, 3)], [[2, 2]], [segment(2, K)])
+    with pytest.raises(ValueError, match="negative"):
+        pq([[1, 1]], [segment(1, 3)], [[2, 2]], [segment(2, -1)])
 
 
 def test_class_regions_are_stuff_segments_of_the_ids_class_plus_one():

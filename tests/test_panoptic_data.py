@@ -347,11 +347,11 @@ def test_a_dataset_that_lacks_classes_is_numbered_like_the_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"category_ids": [1, 90, 201]}, "200: 'grass' against nothing"),
+    ({"category_ids": [1, 90, 201]}, "200: 'grass', which the checkpoint lacks"),
     ({"classes": ["person", "brush", "lawn"]}, "200: 'grass' against 'lawn'"),
     ({"is_thing": [True, False, False]}, "90: 'brush', a thing against stuff"),
     ({"classes": ["person", "brush"], "is_thing": [True, True], "category_ids": [1, 90]},
-     "3 classes in the dataset, 2 in the checkpoint.*200: 'grass' against nothing")])
+     "3 classes in the dataset, 2 in the checkpoint.*200: 'grass', which the checkpoint lacks")])
 def test_a_dataset_of_other_classes_is_refused(changes, words, tmp_path):
     dataset = panoptic_val(tmp_path)
     info = info_of(dataset) | changes
@@ -359,6 +359,21 @@ def test_a_dataset_of_other_classes_is_refused(changes, words, tmp_path):
         info["classes"] = ["person", "brush", "moss"]
     with pytest.raises(UserError, match=f"{words}.*--data-root"):
         align_classes(dataset, info)
+
+
+def test_thing_flags_of_a_model_for_semantic_segmentation_do_not_matter(tmp_path):
+    dataset = panoptic_val(tmp_path)
+    info = {"classes": ["person", "brush", "grass", "moss"], "is_thing": [False] * 4,
+            "category_ids": [1, 90, 200, 201], "config": {"task": "semantic"}}
+    assert align_classes(dataset, info).classes == info["classes"]
+
+
+def test_old_checkpoints_with_other_thing_flags_are_told(tmp_path, capsys):
+    dataset = panoptic_val(tmp_path)
+    info = {"classes": dataset.classes, "is_thing": [True, True, True]}
+    assert align_classes(dataset, info) is dataset
+    [line] = warnings_in(capsys)
+    assert "differ in which classes are things" in line
 
 
 def test_old_checkpoints_without_ids_are_compared_by_number_and_name(tmp_path, capsys):
