@@ -1,7 +1,8 @@
 """What "right" means (MaskFormer, Eq. 1, Sec. 3.1 to 3.3, 4.1).
 
 Letters   B images · L decoder layers · Q queries · K classes · N ground-truth segments in the batch
-          H W image size · h w = H/4 W/4 · M matched pairs · m of them, or of maps, at a time
+          H W image size · h w = H/4 W/4, rounded up · M matched pairs
+          m of them, or of maps, at a time
 Paper     L_mask-cls is ce + 20 focal + 1 dice · "no object" is label K
 
     ce, focal, dice = mask_classification_loss(class_logits, mask_logits, labels, masks, matches)
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-# Values upsampled to the size of the image at a time, which bounds the memory of the loss.
+# So many upsampled values at a time: this bounds the memory of the loss.
 AT_ONCE_CPU = 2 ** 21                                                # 8 MB: fits the cache
 AT_ONCE_GPU = 2 ** 26                                                # 256 MB
 
@@ -62,7 +63,7 @@ def mask_classification_loss(class_logits, mask_logits, labels, masks, matches, 
     target = torch.full((L, B, Q), no_object, device=device)         # all start as "no object"
     target[layer, image, query] = labels[segment].long()
     weight = torch.ones(no_object + 1, device=device)
-    weight[no_object:] = no_object_weight
+    weight[no_object:] = no_object_weight                            # by index, a GPU would wait
     ce = F.cross_entropy(class_logits.float().flatten(0, 2), target.flatten(), weight,
                          reduction="sum")
 
@@ -85,7 +86,8 @@ def per_pixel_loss(pixel_logits, label_map, void=255, num_pixels=None):
     """Cross entropy of the baselines (Sec. 3.1): mean over labeled pixels, summed over the layers.
 
     pixel_logits [L, B, K, h, w], upsampled 4x and cropped; label_map [B, H, W]: classes or `void`
-    num_pixels: labeled pixels averaged over processes (NOTE 6; default: those of this batch)
+    num_pixels: labeled pixels averaged over processes and accumulated passes (NOTE 6; default:
+        those of this batch)
     """
     L, B, K, h, w = pixel_logits.shape
     H, W = label_map.shape[-2:]
@@ -102,10 +104,10 @@ def per_pixel_loss(pixel_logits, label_map, void=255, num_pixels=None):
 
 
 def sum_over_parts(loss, logits, index, values):
-    """loss(logits [m, ...], index [m]), which is a sum over m, without the memory that all m need.
+    """loss(logits [m, ...], index [m]), computed part by part so that memory stays bounded.
 
-    Each of the m is upsampled to `values` values. If they are too many to hold at once, they are
-    summed part by part, and each part is computed a second time in the backward pass.
+    The loss must be a sum over the m maps, each of which it upsamples to `values` values. If all of
+    them are too many to hold at once, each part is computed a second time in the backward pass.
     """
     at_once = AT_ONCE_GPU if logits.is_cuda else AT_ONCE_CPU
     part_size = max(1, at_once // values)

@@ -4,7 +4,7 @@ MaskFormer answers an image with Q pairs: a class distribution over K + 1 labels
 is "no object", and a binary mask. Two per-pixel baselines share its parts.
 
 Letters   B images · L decoder layers · Q queries · K classes · D channels of every embedding
-          H W image size · h w = H/4 W/4 · n queries or masks that are kept
+          H W image size · h w = H/4 W/4, rounded up · n queries or masks that are kept
 Paper     its N is our Q · its C_E and C_Q are our D
           its script Q is `segment_embed` · its E_pixel is `pixel_embed`
 
@@ -39,7 +39,7 @@ class Backbone(nn.Module):
             raise ValueError(f"{name!r} has strides {strides}; MaskFormer needs 4, 8, 16 and 32")
         self.channels = [channels[i] for i in self.kept]
 
-        # Swin's maps are channels-last, and each gets a norm of its own.
+        # Swin's maps are channels-last, and each of the four gets a LayerNorm of its own.
         self.channels_last = getattr(self.body, "output_fmt", "NCHW") == "NHWC"
         normed = self.channels if self.channels_last else []
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in normed)
@@ -61,7 +61,7 @@ class Backbone(nn.Module):
         features = [features[i] for i in self.kept]
         if self.channels_last:
             features = [norm(x).permute(0, 3, 1, 2) for norm, x in zip(self.norms, features)]
-            features = [x.contiguous() for x in features]            # a fifth less time (CPU step)
+            features = [x.contiguous() for x in features]            # a CPU step: a fifth faster
         return features                                              # [B, C, H/stride, W/stride]
 
     def train(self, mode=True):
@@ -90,9 +90,9 @@ def create_body(name, pretrained):
         body = timm.create_model(name, pretrained, features_only=True, drop_path_rate=0.3,
                                  strict_img_size=False, always_partition=True)
         body.patch_embed.dynamic_img_pad = True                      # any height and width
-        for stage in body.modules():
-            if isinstance(stage, SwinTransformerStage):
-                stage.blocks = nn.Sequential(*map(PadFirstSwinBlock, stage.blocks))
+        for module in body.modules():
+            if isinstance(module, SwinTransformerStage):
+                module.blocks = nn.Sequential(*map(PadFirstSwinBlock, module.blocks))
         return body
 
     if name == "resnet101c":
@@ -137,7 +137,7 @@ class PixelDecoder(nn.Module):
         self.stem = conv_norm(coarsest, dim, 3, nn.ReLU())
         self.project = nn.ModuleList(conv_norm(c, dim, 1) for c in reversed(finer))
         self.fuse = nn.ModuleList(conv_norm(dim, dim, 3, nn.ReLU()) for _ in finer)
-        self.to_pixel_embed = nn.Conv2d(dim, dim, 3, padding=1)      # NOTE 3: 1x1 in Sec. 4.1
+        self.to_pixel_embed = nn.Conv2d(dim, dim, 3, padding=1)      # NOTE 3: Sec. 4.1 has 1x1
         self.apply(init_conv)
 
     def forward(self, features):
@@ -163,7 +163,8 @@ def init_conv(module):
 
 # -------------------------------------------------------------------------------------- transformer
 def sine_position(height, width, dim, device=None, temperature=10000):
-    """-> [height width, dim]: half of the channels for y, half for x, sines and cosines in turn."""
+    """-> [height * width, dim]: the first half of the channels for y, the second for x; sines and
+    cosines alternate."""
     frequency = temperature ** -(torch.arange(0, dim // 2, 2, device=device) / (dim // 2))
 
     def encode_axis(length):                                         # -> [length, dim/2]
@@ -257,8 +258,8 @@ class MaskFormer(nn.Module):
     def encode(self, features):
         """Four maps -> maps for the pixel decoder, memory [B, HW/32², D], and its positions.
 
-        The coarsest map becomes the memory; a transformer encoder, if any, refines it, and its
-        output replaces that map.
+        The memory is the stride-32 map, projected to D channels. With a transformer encoder, it is
+        the encoder's output, which also replaces that map for the pixel decoder.
         """
         x = self.project(features[-1])                               # [B, D, H/32, W/32]
         memory = x.flatten(2).transpose(1, 2)                        # [B, HW/32², D]
@@ -291,7 +292,7 @@ class PerPixelBaseline(nn.Module):
     def __init__(self, num_classes, backbone="resnet50", pretrained=True, dim=256, freeze_bn=None):
         super().__init__()
         self.num_classes = num_classes
-        self.size_divisibility = 0
+        self.size_divisibility = 0                                   # images are not padded
         self.backbone = Backbone(backbone, pretrained, freeze_bn)
         self.pixel_decoder = PixelDecoder(self.backbone.channels, dim)
         self.to_class = nn.Conv2d(dim, num_classes, 1)
@@ -307,7 +308,7 @@ class PerPixelBaseline(nn.Module):
 class PerPixelBaselinePlus(MaskFormer):
     """Sec. 4, PerPixelBaseline+: MaskFormer without its class head; query k's mask scores class k.
 
-    Takes all arguments of MaskFormer except `num_queries`, which is K.
+    Takes all arguments of MaskFormer except `num_queries`, which is K. Images are not padded.
     """
 
     def __init__(self, num_classes, backbone="resnet50", pretrained=True, size_divisibility=0,

@@ -1,7 +1,8 @@
 """Which query is responsible for which segment (MaskFormer, Sec. 3.2).
 
 Letters   B images · L decoder layers · Q queries · K classes · N ground-truth segments in the batch
-          H W image size · h w = H/4 W/4 · P = h w pixels of a flattened mask · M matched pairs
+          H W image size · h w = H/4 W/4, rounded up · P = h w pixels of a flattened mask
+          M matched pairs · n segments of one image
 Paper     its N is our Q · its N^gt, summed over the images, is our N · sigma is the list of pairs
 
     layer, image, query, segment = hungarian_match(class_logits, mask_logits, labels, masks, owner)
@@ -88,18 +89,19 @@ def hungarian_match(class_logits, mask_logits, labels, masks, owner,
         if len(segments) > Q:
             warnings.warn(f"image {b} of the batch has {len(segments)} segments but {Q} queries")
         for l in range(L):
-            row, query = linear_sum_assignment(cost[segments, l])    # [n, Q]
-            pairs += [(l, b, q, s) for q, s in zip(query, segments[row].tolist())]
+            chosen, query = linear_sum_assignment(cost[segments, l])             # [n, Q]
+            pairs += [(l, b, q, s) for q, s in zip(query.tolist(), segments[chosen].tolist())]
 
     pairs = torch.tensor(pairs, dtype=torch.long).reshape(-1, 4)
     return pairs.to(device, non_blocking=True).unbind(1)
 
 
-def fixed_match(class_logits, mask_logits, labels, masks, owner, *_, **__):
+def fixed_match(class_logits, mask_logits, labels, masks, owner,
+                class_weight=None, focal_weight=None, dice_weight=None):
     """Table 4's ablation: with Q = K queries, query k is responsible for the segment of class k.
 
-    Takes and returns what `hungarian_match` does; weights are ignored. Raises ValueError if Q is
-    not K, or if two segments of an image have the same class.
+    Takes and returns what `hungarian_match` does; masks and weights do not matter. Raises
+    ValueError if Q is not K, or if two segments of an image have the same class.
     """
     L, B, Q = class_logits.shape[:3]
     K = class_logits.shape[-1] - 1

@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 train.py --dataset ade20k        # the paper's recipe is the default
 
 Letters   B images · L decoder layers · Q queries · K classes · N ground-truth segments in the batch
-          H W image size · h w = H/4 W/4
+          H W image size · h w = H/4 W/4, rounded up
 """
 import argparse
 import contextlib
@@ -18,6 +18,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import warnings
 from functools import partial
@@ -42,19 +43,19 @@ from losses import mask_classification_loss, mask_terms, per_pixel_loss
 from maskformer import build_model
 from matcher import fixed_match, hungarian_match, matching_cost
 
-STOPPED = 75                                                     # exit code after SIGTERM
+STOPPED = 75                                     # exit code of a run that a signal has stopped
 
 
 # ------------------------------------------------------------------------------------------ recipes
-def row(crop, side, sizes, test_max_long_side, batch_size, steps, **more):
-    """A line of appendix A's table; sizes in pixels.
+def table_row(crop, side, tenths, test_max_long_side, batch_size, steps, **more):
+    """A row of appendix A's table: the settings that it gives. Sizes are in pixels.
 
-    In training the short side becomes one of int(0.1 k side) for k in `sizes`, the long side at
+    In training the short side becomes one of int(0.1 k side) for k in `tenths`, the long side at
     most 4 * side, and `crop` (H, W) is cut out. In a test the short side becomes `side`, the long
     side at most `test_max_long_side`.
     """
     return {"crop": crop,
-            "short_side": [int(0.1 * k * side) for k in sizes],
+            "short_side": [int(0.1 * k * side) for k in tenths],
             "max_long_side": 4 * side,
             "test_short_side": side,
             "test_max_long_side": test_max_long_side,
@@ -65,32 +66,36 @@ def row(crop, side, sizes, test_max_long_side, batch_size, steps, **more):
 HALF_TO_1_5 = range(5, 16)
 HALF_TO_2 = range(5, 21)
 RECIPES = {
-    # The paper's:        crop          side  sizes     long test  batch  steps
-    "ade20k":          row((512, 512),   512, HALF_TO_2,   2048,  16,    160_000),
-    "ade20k-full":     row((512, 512),   512, HALF_TO_2,   2048,  16,    200_000),
-    "coco-stuff-10k":  row((640, 640),   640, HALF_TO_1_5, 2560,  32,     60_000,
-                           size_divisibility=0),
-    "cityscapes":      row((512, 1024), 1024, HALF_TO_2,   2048,  16,     90_000),
-    "mapillary":       row((1280, 1280), 2048, HALF_TO_2,  2048,  16,    300_000),
-    "ade20k-panoptic": row((640, 640),   640, HALF_TO_2,   2560,  16,    720_000,
-                           encoder_layers=6, object_threshold=0.7),
-    "coco-panoptic":   row(None,         800, [],          1333,  64,    554_400,
-                           augmentation="detr", short_side=list(range(480, 801, 32)),
-                           max_long_side=1333, encoder_layers=6, size_divisibility=0,
-                           schedule="step", milestones=[369_600]),
+    # The paper's:             crop          side  tenths       test   batch  steps
+    "ade20k":         table_row((512, 512),   512,  HALF_TO_2,   2048,  16,    160_000),
+    "ade20k-full":    table_row((512, 512),   512,  HALF_TO_2,   2048,  16,    200_000),
+    "coco-stuff-10k": table_row((640, 640),   640,  HALF_TO_1_5, 2560,  32,     60_000,
+                                size_divisibility=0),
+    "cityscapes":     table_row((512, 1024),  1024, HALF_TO_2,   2048,  16,     90_000),
+    "mapillary":      table_row((1280, 1280), 2048, HALF_TO_2,   2048,  16,    300_000),
+    "ade20k-panoptic": table_row((640, 640),  640,  HALF_TO_2,   2560,  16,    720_000,
+                                 encoder_layers=6, object_threshold=0.7),
+    "coco-panoptic": {"augmentation": "detr", "crop": None,
+                      "short_side": list(range(480, 801, 32)), "max_long_side": 1333,
+                      "test_short_side": 800, "test_max_long_side": 1333,
+                      "batch_size": 64, "steps": 554_400,
+                      "schedule": "step", "milestones": [369_600],
+                      "encoder_layers": 6, "size_divisibility": 0},
 
     # Modeled on the closest of these:
-    "cityscapes-panoptic": row((512, 1024), 1024, HALF_TO_2, 2048, 16, 90_000, encoder_layers=6),
-    "voc":             row((512, 512),   512, HALF_TO_2,   2048,  16,     40_000),
-    "folder":          row((512, 512),   512, HALF_TO_2,   2048,  16,     40_000),
-    "panoptic":        row((640, 640),   640, HALF_TO_2,   2560,  16,     40_000,
-                           object_threshold=0.7),
+    "cityscapes-panoptic": table_row((512, 1024), 1024, HALF_TO_2, 2048, 16, 90_000,
+                                     encoder_layers=6),
+    "voc":            table_row((512, 512),   512,  HALF_TO_2,   2048,  16,     40_000),
+    "folder":         table_row((512, 512),   512,  HALF_TO_2,   2048,  16,     40_000),
+    "panoptic":       table_row((640, 640),   640,  HALF_TO_2,   2560,  16,     40_000,
+                                object_threshold=0.7),
 
     # Small enough for a CPU, and from scratch:
-    "shapes":          row((64, 96),      64, [],            96,  16,        500,
-                           short_side=[56, 64, 72], color_distortion=False,
-                           backbone="resnet10t", pretrained=False, queries=20, decoder_layers=3,
-                           dim=64, heads=4, ffn_dim=256, dropout=0., lr=2e-3, clip=0.1, warmup=20),
+    "shapes": {"crop": (64, 96), "short_side": [56, 64, 72], "max_long_side": 256,
+               "test_short_side": 64, "test_max_long_side": 96, "color_distortion": False,
+               "batch_size": 16, "steps": 500, "lr": 2e-3, "clip": 0.1, "warmup": 20,
+               "backbone": "resnet10t", "pretrained": False, "queries": 20, "decoder_layers": 3,
+               "dim": 64, "heads": 4, "ffn_dim": 256, "dropout": 0.},
 }
 SWIN = {"lr": 6e-5, "weight_decay": 1e-2, "backbone_lr_factor": 1., "warmup": 1500,
         "encoder_layers": 0}
@@ -102,7 +107,7 @@ def recipe(dataset, backbone="resnet50"):
     if backbone.startswith("swin_") and dataset != "shapes":
         settings |= SWIN
         if dataset == "ade20k" and "384" in backbone:            # Swin-B and Swin-L
-            settings |= row((640, 640), 640, HALF_TO_2, 2560, 16, 160_000)
+            settings |= table_row((640, 640), 640, HALF_TO_2, 2560, 16, 160_000)
     return settings
 
 
@@ -291,35 +296,37 @@ def flags_of_resumed_run(args):
         config = json.loads(path.read_text())
         return {name: config[name] for name in config.keys() - {"versions", "git", "processes"}}
     except (AttributeError, ValueError) as error:
-        raise UserError(f"{path} is not as it was written ({error}): remove it and give all flags "
+        raise UserError(f"{path} is damaged ({error}): remove it, and give all flags "
                         "again") from error
 
 
 def validate_args(args):
     """UserError for flags that contradict one another. Called before anything is written."""
-    def check(condition, message):
+    def require_that(condition, message):
         if not condition:
             raise UserError(message)
 
     used = args.output and Path(args.output, "config.json").exists()
-    check(args.output or not args.resume, "--resume needs the --output to continue")
-    check(args.resume or not used,
-          f"{args.output} holds a run: choose another --output, or add --resume")
+    require_that(args.output or not args.resume, "--resume needs the --output to continue")
+    require_that(args.resume or not used,
+                 f"{args.output} holds a run: choose another --output, or add --resume")
     # The config of a resumed run may hold these two flags.
     if args.dataset == "shapes":
-        check(used or not args.data_root, "--data-root is not for --dataset shapes")
+        require_that(used or not args.data_root, "--data-root is not for --dataset shapes")
     else:
-        check(used or not args.num_classes, "--num-classes is for --dataset shapes")
+        require_that(used or not args.num_classes, "--num-classes is for --dataset shapes")
     parts = world_size() * args.accumulate
-    check(args.batch_size % parts == 0, f"--batch-size {args.batch_size} is not divisible by "
-          f"{world_size()} processes x --accumulate {args.accumulate}")
-    check(args.dim % 32 == 0 and args.dim % args.heads == 0,
-          f"--dim {args.dim} is not divisible by 32 and by --heads {args.heads}")
-    check(args.matching == "hungarian" or args.model == "maskformer",
-          "--matching is for --model maskformer")
-    check(args.augmentation == "detr" or args.crop, "--augmentation crop needs a --crop H W")
-    check(not (args.init and args.init_backbone),
-          "--init sets the backbone, too: drop --init-backbone")
+    require_that(args.batch_size % parts == 0,
+                 f"--batch-size {args.batch_size} is not divisible by {world_size()} processes x "
+                 f"--accumulate {args.accumulate}")
+    require_that(args.dim % 32 == 0 and args.dim % args.heads == 0,
+                 f"--dim {args.dim} must be divisible by 32 and by --heads {args.heads}")
+    require_that(args.matching == "hungarian" or args.model == "maskformer",
+                 "--matching is for --model maskformer")
+    require_that(args.augmentation == "detr" or args.crop, "--augmentation crop needs a --crop H W")
+    require_that(args.schedule == "poly" or args.milestones, "--schedule step needs --milestones")
+    require_that(not (args.init and args.init_backbone),
+                 "--init sets the backbone, too: drop --init-backbone")
 
 
 # ------------------------------------------------------------------------------------- optimization
@@ -367,7 +374,8 @@ def target_count(batches, args):
 def compute_loss(output, batch, count, args, cost_function=matching_cost,
                  terms_function=mask_terms):
     """-> {"loss": what is minimized (Eq. 1); "loss_ce", "loss_mask", "loss_dice": its raw terms;
-    "matched_dice": 1 - loss_dice / L, the mean overlap of segments and their masks}.
+    "matched_dice": 1 - loss_dice / L, the mean overlap of segments and their masks; segments that
+    stay unmatched count as 1, and so does a batch without segments}.
 
     output: of the model; count: `target_count`; the two functions: as they are, or compiled
     """
@@ -376,14 +384,14 @@ def compute_loss(output, batch, count, args, cost_function=matching_cost,
         return {"loss": ce, "loss_ce": ce}
 
     class_logits, mask_logits = output                           # [L, B, Q, K+1], [L, B, Q, h, w]
-    targets = batch.labels, batch.masks(), batch.owner           # [N], [N, H, W], [N]
+    labels, masks = batch.labels, batch.masks()                  # [N], [N, H, W]
     if args.matching == "hungarian":
-        matches = hungarian_match(class_logits, mask_logits, *targets, args.class_weight,
-                                  args.focal_weight, args.dice_weight, cost_function)
+        matches = hungarian_match(class_logits, mask_logits, labels, masks, batch.owner,
+                                  args.class_weight, args.focal_weight, args.dice_weight,
+                                  cost_function)
     else:
-        matches = fixed_match(class_logits, mask_logits, *targets)
+        matches = fixed_match(class_logits, mask_logits, labels, masks, batch.owner)
 
-    labels, masks, _ = targets
     ce, focal, dice = mask_classification_loss(class_logits, mask_logits, labels, masks, matches,
                                                count, args.no_object_weight, terms_function)
     loss = args.class_weight * ce + args.focal_weight * focal + args.dice_weight * dice
@@ -402,20 +410,20 @@ def training_step(step, batches, model, optimizer, scaler, args, loss_of=compute
     """Sec. 4.2: one step, on `--accumulate` batches -> the scalars of `compute_loss`, grad_norm."""
     for group in optimizer.param_groups:
         group["lr"] = group["rate"] * lr_factor(step, args)
-    torch.manual_seed(seed_of(args.seed, step, rank()))          # so a resumed run drops the same
+    torch.manual_seed(seed_of(args.seed, step, rank()))          # a resumed run: the same dropout
     device = batches[0].images.device
     count = target_count(batches, args)
 
     sums = {}
     for batch in batches:
         # DDP averages the gradients of the processes in the last pass only.
-        last = batch is batches[-1]
-        sync = contextlib.nullcontext() if last or world_size() == 1 else model.no_sync()
+        is_last = batch is batches[-1]
+        sync = contextlib.nullcontext() if is_last or world_size() == 1 else model.no_sync()
         with sync:
             with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
                 output = model(batch.images)
             terms = loss_of(output, batch, count, args)
-            if device.type == "cpu" and not terms["loss"].isfinite():    # a GPU would have to wait
+            if device.type == "cpu" and not terms["loss"].isfinite():    # asking stalls a GPU
                 raise FloatingPointError("the loss is not finite")
             scaler.scale(terms["loss"] / len(batches)).backward()
         for name, term in terms.items():
@@ -451,7 +459,9 @@ def load_datasets(args):
 
     args.num_classes = len(test_set.classes)
     args.task = args.task or ("panoptic" if test_set.panoptic else "semantic")
-    if args.matching == "fixed" and (args.task, args.queries) != ("semantic", args.num_classes):
+    if args.task == "panoptic" and not test_set.panoptic:
+        raise UserError(f"--task panoptic: {args.dataset} labels classes, not objects")
+    if args.matching == "fixed" and (args.task != "semantic" or args.queries != args.num_classes):
         raise UserError(f"--matching fixed needs --task semantic and --queries {args.num_classes}")
     return TrainingSamples(train_set, augment, args.seed, args.task), test_set
 
@@ -594,9 +604,10 @@ def start_folder(args, first_step):
 
 
 def stays(row, first_step, args):
-    """Whether a row of the log stays: all after the checkpoint, its test too, is done again."""
-    repeated = "mIoU" in row and is_test_step(first_step, args)
-    return row["step"] < first_step or row["step"] == first_step and not repeated
+    """Whether a row of the log stays: those after the checkpoint will be written again, and so will
+    the checkpoint's own test if the resumed run repeats it."""
+    test_is_repeated = "mIoU" in row and is_test_step(first_step, args)
+    return row["step"] < first_step or (row["step"] == first_step and not test_is_repeated)
 
 
 def make_next_folder(prefix):
@@ -733,8 +744,10 @@ def train(args, device):
     model = start_model(args, last, device, test_set.classes)
     optimizer, scaler = start_optimizer(model, args, last, device)
     folder = start_folder(args, first_step)
+    resumed = last is not None
+    del last                                                     # three times the model's size
 
-    parallel, loss_of = parallelize(model, args, device)
+    trained_model, loss_of = compile_and_parallelize(model, args, device)
 
     if rank() == 0:
         millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
@@ -745,15 +758,15 @@ def train(args, device):
         if rank() == 0:
             save_checkpoint(folder / name, model, optimizer, scaler, step, best, args, test_set)
 
-    def test(step):
-        """Evaluates, and keeps the best checkpoint -> metrics."""
+    def test_and_keep_best(step):
+        """Evaluates; saves the checkpoint if it is the best so far -> metrics."""
         nonlocal best
         metrics = evaluate_run(model, test_set, folder, step, args)
         score = metrics.get("PQ", metrics["mIoU"])
         if score > best:
             best = score
             save("best.pt", step)
-            save("last.pt", step)                                # a resumed run knows this score
+            save("last.pt", step)                                # a resumed run must know it, too
         return metrics
 
     stop = StopSignal()
@@ -761,13 +774,13 @@ def train(args, device):
                            args.accumulate)
     stream = training_batches(samples, sampler, args.workers, device)
     trained_on = torch.zeros(args.num_classes, dtype=torch.bool)
-    logged, clock, data_seconds = [], time.time(), 0.            # since the last row of the log
     metrics, warned = None, False
-    if last and is_test_step(first_step, args):                  # it may have been cut off
-        metrics = test(first_step)
+    if resumed and is_test_step(first_step, args):               # this test may have been cut off
+        metrics = test_and_keep_best(first_step)
+    logged, clock, data_seconds = [], time.time(), 0.            # since the last row of the log
 
     for step in range(first_step, args.steps):
-        done = step + 1
+        done = step + 1                                          # steps, after this one
 
         # Load.
         tick = time.time()
@@ -780,26 +793,27 @@ def train(args, device):
 
         # Step, and log.
         try:
-            logged.append(training_step(step, batches, parallel, optimizer, scaler, args, loss_of))
+            logged.append(training_step(step, batches, trained_model, optimizer, scaler, args,
+                                        loss_of))
             stopping = stop.anywhere()
-            tests = is_test_step(done, args)
-            saves = tests or stopping or done % args.save_every == 0
-            if saves or done == 1 or done % args.log_every == 0:
+            test_now = is_test_step(done, args)
+            save_now = test_now or stopping or done % args.save_every == 0
+            if save_now or done == 1 or done % args.log_every == 0:
                 write_log(folder, args, done, logged, time.time() - clock, data_seconds)
                 logged, clock, data_seconds = [], time.time(), 0.
         except FloatingPointError as error:
             raise UserError(explain_divergence(error, step, batches, args)) from error
 
         # Save.
-        if saves:
+        if save_now:
             save("last.pt", done)
         if stopping:
             wait_for_processes()                                 # until it is saved
             return test_set, None, folder
 
         # Evaluate.
-        if tests:
-            metrics = test(done)
+        if test_now:
+            metrics = test_and_keep_best(done)
             clock = time.time()
 
     if first_step < args.steps:
@@ -807,21 +821,22 @@ def train(args, device):
     return test_set, metrics, folder
 
 
-def parallelize(model, args, device):
-    """-> the model as it is trained, compiled and in DDP where that applies, and its loss."""
-    parallel, loss_of = model, compute_loss
+def compile_and_parallelize(model, args, device):
+    """-> the model that `training_step` calls (compiled, in DDP, where that applies), its loss."""
+    trained_model, loss_of = model, compute_loss
     if should_compile(args, device):
         loss_of = compiled_loss()
         sizes_vary = args.augmentation == "detr" or args.overfit
-        if not (sizes_vary and args.backbone.startswith("swin_")):   # that takes over five minutes
-            parallel = torch.compile(model)
+        # Compiling Swin for sizes that vary takes over five minutes.
+        if not (sizes_vary and args.backbone.startswith("swin_")):
+            trained_model = torch.compile(model)
     if world_size() > 1:
-        parallel = DistributedDataParallel(parallel)
-    return parallel, loss_of
+        trained_model = DistributedDataParallel(trained_model)
+    return trained_model, loss_of
 
 
 def is_test_step(step, args):
-    return step == args.steps or args.eval_every > 0 and step % args.eval_every == 0
+    return step == args.steps or (args.eval_every > 0 and step % args.eval_every == 0)
 
 
 def explain_divergence(error, step, batches, args):
@@ -842,8 +857,10 @@ def warn_of_unmatched(batch, args):
     counts = torch.bincount(batch.owner, minlength=len(batch.names)).tolist()
     too_many = args.model == "maskformer" and max(counts) > args.queries
     if too_many:
-        warn(f"{batch.names[counts.index(max(counts))]} has {max(counts)} segments for "
-             f"{args.queries} queries: those that fit worst stay unmatched (told once)")
+        # Not `warn`, which is silent in all processes but the first.
+        print(f"warning: {batch.names[counts.index(max(counts))]} has {max(counts)} segments for "
+              f"{args.queries} queries: those that fit worst stay unmatched (told once by each "
+              "process)", file=sys.stderr, flush=True)
     return too_many
 
 

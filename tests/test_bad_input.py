@@ -127,6 +127,13 @@ def test_a_wrong_folder_is_told_before_anything_is_written(tmp_path, folder, tol
     assert not (tmp_path / "run").exists()
 
 
+def test_objects_are_not_asked_of_label_images(tmp_path, folder, told):
+    told(train.main, [*TINY, *SMALL, "--dataset", "folder", "--data-root", folder,
+                      "--task", "panoptic", "--output", tmp_path / "run"],
+         "--task panoptic", "classes, not objects")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("name", [name for name in data.DATASETS if name != "shapes"])
 def test_every_dataset_tells_where_it_was_expected(tmp_path, told, name):
     nothing = tmp_path / "nothing"
@@ -285,6 +292,7 @@ FLAGS = {
     "--dim 48": ["--dim 48", "32", "--heads 2"],
     "--heads 5": ["--dim 32", "--heads 5"],
     "--batch-size 5 --accumulate 2": ["--batch-size 5", "--accumulate 2", "not divisible"],
+    "--schedule step": ["--schedule step needs --milestones"],
     "--resume": ["--resume", "--output"],
     "--matching fixed": ["--task semantic", "--queries 6"],
     "--matching fixed --task semantic --queries 5": ["--queries 6"],
