@@ -110,7 +110,7 @@ def test_a_traced_model_takes_any_batch_height_and_width():
 @pytest.mark.filterwarnings("ignore")
 @torch.no_grad()
 def test_an_exported_model_takes_any_batch_height_and_width():
-    model = small()
+    model = small("test_resnet")
     assert_equal_for_other_shapes(exported_program(model).module(), model)
 
 

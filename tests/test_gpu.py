@@ -198,7 +198,7 @@ def test_a_training_step_mixes_no_devices_and_waits_once(flags, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, more", [
-    *((flags, {}) for flags in MODELS),
+    *((flags, {}) for flags in MODELS if "fixed" not in flags),
     ("--model maskformer", {"scales": (0.5, 1.), "flip": True}),
     ("--model per-pixel", {"scales": (0.5, 1.), "flip": True}),
 ])

@@ -104,11 +104,11 @@ def is_alive(pid):
     return state != "Z"                                          # ended, not yet waited for
 
 
-def slow_steps():
+def slow_steps(seconds=0.2):
     step = train.training_step
 
     def slow_step(*args):
-        time.sleep(0.2)
+        time.sleep(seconds)
         return step(*args)
 
     train.training_step = slow_step
@@ -194,26 +194,34 @@ def test_loader_workers_go_when_their_run_is_killed(tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------ stopped
-@pytest.mark.parametrize("number, workers, send", [
-    pytest.param(signal.SIGTERM, 0, os.kill, id="SIGTERM"),
-    pytest.param(signal.SIGUSR1, 2, os.kill, id="SIGUSR1"),
-    pytest.param(signal.SIGTERM, 2, os.killpg, id="SIGTERM to loader workers, too"),
-])
-def test_a_signal_ends_a_run_after_its_step_saved_and_resumed_it_is_the_whole_run(
-        tmp_path, whole, number, workers, send):
-    folder = tmp_path / "run"
-    process = start(folder, "--steps", 9, "--workers", workers, before=slow_steps)
-    wait_until_said(folder, "step 4/9")
-    loaders = children(process.pid)
-    send(process.pid, number)
-    assert ended(process, within=30) == [train.STOPPED]
-    assert 4 < step_of(folder) < 9
-    assert f"continue with --output {folder} --resume" in said(folder)
-    assert len(loaders) >= workers
-    assert still_alive(loaders, within=5) == []
+SIGNALS = {"SIGTERM": (signal.SIGTERM, 0, os.kill),
+           "SIGUSR1": (signal.SIGUSR1, 2, os.kill),
+           "SIGTERM to loader workers, too": (signal.SIGTERM, 2, os.killpg)}
 
-    assert ended(start(folder, "--steps", 9, "--workers", 2 - workers, "--resume")) == [0]
-    assert_same(folder, whole)
+
+def test_a_signal_ends_a_run_after_its_step_saved_and_resumed_it_is_the_whole_run(tmp_path, whole):
+    # All at once, for they mostly wait.
+    runs = {name: start(tmp_path / name, "--steps", 9, "--workers", workers,
+                        before=partial(slow_steps, 0.4))
+            for name, (_, workers, _) in SIGNALS.items()}
+    loaders = {}
+    for name, (number, workers, send) in SIGNALS.items():
+        wait_until_said(tmp_path / name, "step 4/9")
+        loaders[name] = children(runs[name].pid)
+        assert len(loaders[name]) >= workers
+        send(runs[name].pid, number)
+
+    assert ended(*runs.values(), within=30) == [train.STOPPED] * 3
+    for name in SIGNALS:
+        assert 4 < step_of(tmp_path / name) < 9
+        assert f"continue with --output {tmp_path / name} --resume" in said(tmp_path / name)
+        assert still_alive(loaders[name], within=5) == []
+
+    resumed = [start(tmp_path / name, "--steps", 9, "--workers", 2 - workers, "--resume")
+               for name, (_, workers, _) in SIGNALS.items()]
+    assert ended(*resumed) == [0] * 3
+    for name in SIGNALS:
+        assert_same(tmp_path / name, whole)
 
 
 def test_a_signal_during_a_test_spares_its_loader_workers(tmp_path):
