@@ -612,15 +612,19 @@ def measure_recipes(full, repeats):
 
 
 def measure_data(full, repeats):
-    """Rows of what one core reads and augments, and what a step needs."""
+    """Rows of what one core reads and augments and, on a GPU, what a step needs."""
+    rate = samples_per_second(128 if full else 32)
+    rows = [report("data", "512x683 JPEG -> sample of 512x512, on one core", rate, unit="images/s")]
+    if not GPU:
+        return rows
+
     clean_up()
     work = usual_work()
     step_times, _ = race(our_step(work), None, repeats)
     need = work.images / statistics.median(step_times)
-    rate = samples_per_second(128 if full else 32)
-    return [report("data", "512x683 JPEG -> sample of 512x512, on one core", rate, unit="images/s"),
-            report("data", f"need of a step: {work}", need, unit="images/s"),
-            report("data", "cores that keep up with the step", need / rate, unit="cores")]
+    return rows + [
+        report("data", f"need of a step: {work}", need, unit="images/s"),
+        report("data", "cores that keep up with the step", need / rate, unit="cores")]
 
 
 def measure_largest_batch(full, repeats):
