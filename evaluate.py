@@ -40,6 +40,8 @@ class ConfusionMatrix:
 
     IoU of a class = TP / (TP + FP + FN). With truth [0, 0, 1, 255] and prediction [0, 1, 1, 1] both
     classes have an IoU of 1/2: mIoU 50, mACC 75, pACC 66.7. All values are percentages.
+
+    void: its value in label maps (default: 255, or 65535 where 255 is a class)
     """
 
     def __init__(self, num_classes, void=None):

@@ -63,7 +63,7 @@ def mask_classification_loss(class_logits, mask_logits, labels, masks, matches, 
     target = torch.full((L, B, Q), no_object, device=device)         # all start as "no object"
     target[layer, image, query] = labels[segment].long()
     weight = torch.ones(no_object + 1, device=device)
-    weight[no_object:] = no_object_weight                            # by index, a GPU would wait
+    weight[no_object:] = no_object_weight                            # an index would stall a GPU
     ce = F.cross_entropy(class_logits.float().flatten(0, 2), target.flatten(), weight,
                          reduction="sum")
 
