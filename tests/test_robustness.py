@@ -118,7 +118,7 @@ def slow_tests():
     predict = evaluate.predict
 
     def slow_predict(*args, **options):
-        time.sleep(0.5)
+        time.sleep(0.3)
         return predict(*args, **options)
 
     evaluate.predict = slow_predict
@@ -228,7 +228,7 @@ def test_a_signal_during_a_test_spares_its_loader_workers(tmp_path):
     folder = tmp_path / "run"
     process = start(folder, "--steps", 9, "--eval-every", 4, "--workers", 1, before=slow_tests)
     wait_until_said(folder, "step 4/9")
-    time.sleep(0.5)                                              # now three images are tested
+    time.sleep(0.3)                                              # now three images are tested
     os.killpg(process.pid, signal.SIGTERM)
     assert ended(process, within=30) == [train.STOPPED]
     assert step_of(folder) == 5
