@@ -750,9 +750,7 @@ def train(args, device):
     trained_model, loss_of = compile_and_parallelize(model, args, device)
 
     if rank() == 0:
-        millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        print(f"{args.model}, {args.backbone}, {millions:.1f}M parameters, {args.dataset}, "
-              f"{len(samples.dataset)} images, {world_size()} x {device}, {folder}", flush=True)
+        print_start(args, model, len(samples.dataset), device, folder)
 
     def save(name, step):
         if rank() == 0:
@@ -833,6 +831,12 @@ def compile_and_parallelize(model, args, device):
     if world_size() > 1:
         trained_model = DistributedDataParallel(trained_model)
     return trained_model, loss_of
+
+
+def print_start(args, model, num_images, device, folder):
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    print(f"{args.model}, {args.backbone}, {millions:.1f}M parameters, {args.dataset}, "
+          f"{num_images} images, {world_size()} x {device}, {folder}", flush=True)
 
 
 def is_test_step(step, args):
