@@ -748,7 +748,6 @@ def train(args, device):
     del last                                                     # three times the model's size
 
     trained_model, loss_of = compile_and_parallelize(model, args, device)
-
     if rank() == 0:
         print_start(args, model, len(samples.dataset), device, folder)
 
