@@ -947,7 +947,10 @@ def check_labels(dataset, where, only_255_is_void):
         hint = "; 255 is void: if it stands for a class, write that class's index instead"
     missing = [repr(name) for k, name in enumerate(classes) if k not in occurring]
     if missing:
-        warn(f"{where}: no {listing(missing)} in any of the {looked_at} label maps looked at{hint}")
+        maps = f"any of the {looked_at} label maps looked at"
+        if looked_at == len(dataset):
+            maps = "any label map"
+        warn(f"{where}: no {listing(missing)} in {maps}{hint}")
     elif len(classes) == 1 and hint:
         warn(f"{where}: 0 is {classes[0]!r}{hint}")
 
@@ -962,7 +965,7 @@ def look_at_maps(dataset, where, most=50):
     occurring, has_void = classes_in(dataset, dataset.pairs[::every])
     if len(occurring) < min(2, len(dataset.classes)):                # too odd to be judged by 50
         if len(dataset) > 1000:
-            warn(f"{where}: the first {most} maps show fewer than two classes; reading all")
+            warn(f"{where}: {most} of the maps show fewer than two classes, so all are read")
         every = 1
         occurring, has_void = classes_in(dataset, dataset.pairs)
     if not occurring:

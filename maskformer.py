@@ -308,7 +308,8 @@ class PerPixelBaseline(nn.Module):
 class PerPixelBaselinePlus(MaskFormer):
     """Sec. 4, PerPixelBaseline+: MaskFormer without its class head; query k's mask scores class k.
 
-    Takes all arguments of MaskFormer except `num_queries`, which is K. Images are not padded.
+    Takes all arguments of MaskFormer except `num_queries`, which is K. By default, images are not
+    padded.
     """
 
     def __init__(self, num_classes, backbone="resnet50", pretrained=True, size_divisibility=0,

@@ -340,11 +340,11 @@ def test_a_class_that_never_occurs_is_named(tmp_path, capsys):
     make_folder(tmp_path, values=(0, 2))
     build_dataset("folder", tmp_path, "train")
     [line] = warnings_in(capsys)
-    assert line.endswith("train: no 'car' in any of the 1 label maps looked at")
+    assert line.endswith("annotations/train: no 'car' in any label map")
     make_folder(tmp_path, values=(0, 255))
     build_dataset("folder", tmp_path, "train")
     [line] = warnings_in(capsys)
-    assert "no 'car', 'sky' in any of the 1 label maps looked at; 255 is void: if it stands" in line
+    assert "no 'car', 'sky' in any label map; 255 is void: if it stands for a class" in line
 
 
 def test_of_many_label_maps_50_are_looked_at(tmp_path, capsys):
