@@ -6,7 +6,7 @@ is "no object", and a binary mask. Two per-pixel baselines share its parts.
 Letters   B images · L decoder layers · Q queries · K classes · D channels of every embedding
           H W image size · h w = H/4 W/4, rounded up · n queries or masks that are kept
 Paper     its N is our Q · its C_E and C_Q are our D
-          its script Q is `segment_embed` · its E_pixel is `pixel_embed`
+          its calligraphic Q is `segment_embed` · its E_pixel is `pixel_embed`
 
     model = MaskFormer(num_classes=150, backbone="resnet50", pretrained=False).eval()
     images = torch.randint(256, (2, 3, 128, 160))

@@ -181,10 +181,18 @@ def add_data_flags(parser):
         help="short side at which held-out images are seen (default: %(default)s)")
     add("--test-max-long-side", type=positive_int, metavar="N",
         help="upper limit of their long side (default: %(default)s)")
-    add("--workers", type=whole_number, default=min(4, os.cpu_count() or 1), metavar="N",
-        help="processes that read and augment images, per training process (default: %(default)s)")
+    add("--workers", type=whole_number, default=default_workers(), metavar="N",
+        help="processes that read and augment images, per training process (default here: "
+             "%(default)s; at most 8 on a GPU, 4 on a CPU)")
     add("--overfit", type=positive_int, metavar="N",
         help="debugging: train and test on the same N images, not augmented")
+
+
+def default_workers():
+    """Loader workers of a training process: as many as it needs, if it has the cores for them."""
+    needed = 8 if torch.cuda.is_available() else 4
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by torchrun
+    return max(1, min(needed, cores))
 
 
 def add_model_flags(parser):

@@ -55,7 +55,7 @@ def test_a_drawn_picture_is_an_image_a_segment_map_the_class_of_each_id_crowd_an
         assert len(set(stuff)) == len(stuff) >= 1                   # a segment for each stuff class
 
 
-def test_the_pictures_of_the_recorded_runs_are_drawn():
+def test_drawn_pictures_are_those_of_the_recorded_runs():
     image, segment_map, class_of, _, _ = build_dataset("shapes", split="train")[7]
     assert class_of == {1: 2, 2: 0, 3: 5, 4: 5}
     assert segment_map.flatten().bincount().tolist() == [0, 1793, 3401, 398, 552]
@@ -83,7 +83,7 @@ def test_two_shapes_of_a_class_are_two_segments():
     assert max(counts) >= 2
 
 
-def test_shapes_end():
+def test_iterating_over_shapes_stops():
     dataset = build_dataset("shapes", split="val", length=3)
     assert len(dataset) == 3
     assert len(list(dataset)) == 3

@@ -81,10 +81,8 @@ def test_the_last_layers_answer_is_the_same_in_training_and_evaluation():
     ("swin_tiny_patch4_window7_224", (33, 201)),
     ("convnext_atto", (64, 96)),
 ])
-def test_masks_have_a_quarter_of_any_image_size_rounded_up(backbone, size, made={}):
-    if backbone not in made:
-        made[backbone] = small(backbone=backbone).eval()
-    model, images = made[backbone], pictures(1, 3, *size)
+def test_masks_have_a_quarter_of_any_image_size_rounded_up(backbone, size):
+    model, images = small(backbone=backbone).eval(), pictures(1, 3, *size)
     with torch.no_grad():
         class_logits, mask_logits = model(images)
         features = model.backbone(images)

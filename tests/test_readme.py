@@ -1,4 +1,4 @@
-"""What README.md and docs/ say is so, and the house is as they describe it."""
+"""The pages name commands, flags, files and numbers that exist; the repository is as they say."""
 import ast
 import re
 import shlex

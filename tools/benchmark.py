@@ -566,7 +566,7 @@ def look_into(work):
             report("step", f"multiply-adds of a large matrix product, {work.amp}", limit / 1e12,
                    unit="T/s"),
             report("step", f"{work}: model's multiply-adds by busy time", rate / 1e12, unit="T/s"),
-            report("step", f"{work}: the same, of a matrix product's", 100 * rate / limit,
+            report("step", f"{work}: share of the matrix product's rate", 100 * rate / limit,
                    unit="%")]
 
 

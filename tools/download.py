@@ -5,7 +5,8 @@
 
 Also ade20k-panoptic and voc; for every other dataset it says where to get it. What is already there
 is not fetched again, so after an interruption the same command goes on. Archives that you have
-fetched yourself, say coco/train2017.zip with `wget -c`, are unpacked, then deleted.
+fetched yourself, say coco/train2017.zip with `wget -c`, are unpacked, then deleted, also if they
+turn out to be broken: let the download finish first.
 """
 import argparse
 import hashlib
@@ -102,7 +103,7 @@ def fetch_and_unpack(archive, root):
     shutil.rmtree(scratch, ignore_errors=True)               # of a process that was killed
     scratch.mkdir()
     try:
-        if not file.exists():                                # else it is complete
+        if not file.exists():                                # of yours, or downloaded before
             fetch(archive, scratch / file.name)
             (scratch / file.name).rename(file)
         unpack(archive, file, scratch, folder)

@@ -2,8 +2,9 @@
 
     GOLDEN_ROOT=... python tools/exactness.py        # a table of the largest differences, for docs/
 
-GOLDEN_ROOT holds outputs of the authors' code, one folder for each of their configurations. A test
-compares the same differences with LIMITS.
+GOLDEN_ROOT holds outputs of the authors' code, one folder for each of their configurations; neither
+they nor the script that recorded them are in this repository. tests/test_exactness.py compares the
+same differences with LIMITS.
 
 Letters   B images · L decoder layers · Q queries · K classes · n segments of an image
           N segments in the batch · H W image size
@@ -31,8 +32,8 @@ from matcher import hungarian_match, pairwise_dice, pairwise_focal
 from tools.official_weights import load_official, official_to_ours, translate
 
 # The largest differences allowed. The plain weights make queries so alike that rounding decides
-# some pixels: where a panoptic segment differs, the best two queries are within 1e-7. "spread":
-# weights that make queries differ.
+# some pixels. (Where panoptic segments differ, the best two queries are within 1e-7, as looked at
+# once by hand.) "spread": weights that make queries differ.
 LIMITS = {
     "features": 1e-3,
     "pixel embeddings": 1e-4,
@@ -80,7 +81,7 @@ def fill(name, shape):
     if name.endswith("running_var"):
         return (0.5 + rng.random(shape)).astype(np.float32)
     array = rng.standard_normal(shape).astype(np.float32)
-    if len(shape) >= 2:                                              # rounded once, in any NumPy
+    if len(shape) >= 2:                              # the same in every NumPy: rounded at the end
         fan_in = np.prod(shape[1:])
         return (array.astype(np.float64) / np.sqrt(np.float64(fan_in))).astype(np.float32)
     if "norm" in name and name.endswith("weight"):
@@ -372,6 +373,8 @@ def measure(folder):
 
 def main():
     """The command: see the top of this file."""
+    if "GOLDEN_ROOT" not in os.environ:
+        sys.exit("error: set GOLDEN_ROOT to the folder of the recordings")
     root = Path(os.environ["GOLDEN_ROOT"])
     folders = [path.parent for path in sorted(root.glob("*/summary.json"))]
     columns = [measure(folder) for folder in folders]

@@ -510,7 +510,7 @@ def official_checkpoint(source):
 
 def evaluation_flags(dataset, backbone):
     """train.py's flags for evaluation, from the recipe for the dataset and the backbone."""
-    from train import recipe                                         # train.py imports this file
+    from train import recipe                     # train -> evaluate -> this file, where it loads
     settings = {"object_threshold": 0.8, "overlap_threshold": 0.8}   # Sec. 3.4
     settings |= recipe(dataset, backbone)
     names = ("test_short_side", "test_max_long_side", "object_threshold", "overlap_threshold")

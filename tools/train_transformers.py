@@ -7,8 +7,8 @@ learns semantic segmentation. A run can be resumed here; evaluate.py cannot read
 
 Model, initialization and loss are as transformers has them. They differ from ours: weights are
 drawn from N(0, 0.02), not by Xavier's rule; attention and feed-forward networks have no dropout
-inside; only the last layer's output passes the final norm; the loss, too, is under autocast; and
-the queries before the first decoder layer are supervised like a layer's output.
+inside; only the last layer's output passes the final norm; and the queries before the first decoder
+layer are supervised like a layer's output.
 """
 import sys
 from pathlib import Path
@@ -118,8 +118,9 @@ def main(argv=None):
     args = train.parse_args(argv)
     wrong = [name for name, value in REQUIRED.items() if getattr(args, name) != value]
     if wrong:
-        flag = "--" + wrong[0].replace("_", "-")
-        raise UserError(f"{flag} must be {REQUIRED[wrong[0]]} for transformers' model")
+        name, value = wrong[0].replace("_", "-"), REQUIRED[wrong[0]]
+        flag = f"--no-{name}" if value is False else f"--{name} {value}"
+        raise UserError(f"transformers' model needs {flag}")
     if args.backbone not in RESNETS:
         raise UserError(f"--backbone {args.backbone}: choose {' or '.join(RESNETS)}")
     train.build_model = build_model

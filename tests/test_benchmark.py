@@ -87,7 +87,7 @@ def test_parts_are_given_by_name_with_commas_between(capsys):
     assert "no part is called 'date'" in capsys.readouterr().err
 
 
-def test_training_samples_are_read_from_files():
+def test_the_speed_of_data_loading_is_measured():
     assert benchmark.samples_per_second(2) > 0
 
 
@@ -161,7 +161,9 @@ def test_flags_that_their_model_would_ignore_are_refused():
     pytest.importorskip("transformers")
     from tools import train_transformers
 
-    with pytest.raises(UserError, match="--encoder-layers must be 0"):
+    with pytest.raises(UserError, match="needs --encoder-layers 0"):
         train_transformers.main(["--dataset", "ade20k-panoptic"])
+    with pytest.raises(UserError, match="needs --no-freeze-bn"):
+        train_transformers.main(["--dataset", "ade20k", "--freeze-bn"])
     with pytest.raises(UserError, match="--backbone resnet101: choose resnet18 or resnet50"):
         train_transformers.main(["--dataset", "ade20k", "--backbone", "resnet101"])
