@@ -857,6 +857,7 @@ def main(argv=None):
     if args.images and (args.dataset or args.data_root or args.split):
         raise UserError("--images takes no --dataset, --data-root or --split")
     device = pick_device()
+    torch.set_float32_matmul_precision("high")                       # as in training
     if "RANK" in os.environ:                                         # started by torchrun
         dist.init_process_group(backend_for(device), **rendezvous())
 

@@ -19,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 import warnings
 from functools import partial
@@ -528,9 +529,14 @@ def start_model(args, last, device, classes=None):
     elif args.init_backbone:
         start_backbone_from(model, args.init_backbone)
 
-    if device.type == "cuda" and world_size() > 1 and not args.freeze_bn:
+    if norms_are_synchronized(args, device):
         model = convert_sync_batchnorm(model)
     return model.to(device).train()
+
+
+def norms_are_synchronized(args, device):
+    """Whether trained batch norms see the images of all processes; torch can do this on GPUs."""
+    return device.type == "cuda" and world_size() > 1 and not args.freeze_bn
 
 
 def start_from(model, args, classes=None):
@@ -676,15 +682,16 @@ def log_row(folder, row):
         file.write(json.dumps(row) + "\n")
 
 
-def write_log(folder, args, step, logged, seconds, data_seconds):
+def write_log(folder, args, step, logged, since, data_seconds):
     """Means since the last row, to log.jsonl and the console. FloatingPointError if not finite.
 
-    logged: the scalars of these steps; seconds: their time; data_seconds: the wait for data in it
+    logged: the scalars of these steps; since: when they began; data_seconds: their wait for data
     """
     names = list(logged[0])
     table = torch.stack([torch.stack([scalars[name] for name in names]) for scalars in logged])
     means = sum_over_processes(table.mean(0)) / world_size()
-    means = dict(zip(names, means.tolist()))
+    means = dict(zip(names, means.tolist()))                     # waits for the GPU
+    seconds = time.time() - since
     for name, value in means.items():
         skipped = name == "grad_norm" and args.amp == "fp16"     # the scaler skips such a step
         if not math.isfinite(value) and not skipped:
@@ -804,7 +811,7 @@ def train(args, device):
             test_now = is_test_step(done, args)
             save_now = test_now or stopping or done % args.save_every == 0
             if save_now or done == 1 or done % args.log_every == 0:
-                write_log(folder, args, done, logged, time.time() - clock, data_seconds)
+                write_log(folder, args, done, logged, clock, data_seconds)
                 logged, clock, data_seconds = [], time.time(), 0.
         except FloatingPointError as error:
             raise UserError(explain_divergence(error, step, batches, args)) from error
@@ -832,8 +839,10 @@ def compile_and_parallelize(model, args, device):
     if should_compile(args, device):
         loss_of = compiled_loss()
         sizes_vary = args.augmentation == "detr" or args.overfit
-        # Compiling Swin for sizes that vary takes over five minutes.
-        if not (sizes_vary and args.backbone.startswith("swin_")):
+        # Swin takes over five minutes to compile for sizes that vary, and every synchronized norm
+        # breaks the compiled graph.
+        takes_long = sizes_vary and args.backbone.startswith("swin_")
+        if not (takes_long or norms_are_synchronized(args, device)):
             trained_model = torch.compile(model)
     if world_size() > 1:
         trained_model = DistributedDataParallel(trained_model)
@@ -881,8 +890,10 @@ def should_compile(args, device):
     if not (on_gpu if args.compile is None else args.compile):
         return False
     if on_gpu:
-        needed = "Triton or a C compiler"
-        able = importlib.util.find_spec("triton") and has_compiler("CC", "cc", "gcc", "clang")
+        needed = "Triton, a C compiler or Python.h"
+        headers = Path(sysconfig.get_paths()["include"])
+        able = (importlib.util.find_spec("triton") and has_compiler("CC", "gcc", "clang")
+                and (headers / "Python.h").exists())
     else:
         needed = "a C++ compiler"
         able = has_compiler("CXX", "g++")

@@ -6,6 +6,8 @@ import math
 import os
 import re
 import socket
+import sysconfig
+import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -640,9 +642,10 @@ def test_color_distortion_is_a_flag():
 
 def test_a_log_row_holds_the_means_since_the_last_one(tmp_path):
     terms = [{"loss": torch.tensor(x), "grad_norm": torch.tensor(3 * x)} for x in (1., 2., 6.)]
-    train.write_log(tmp_path, train.parse_args([]), 7, terms, 1., 0.5)
+    train.write_log(tmp_path, train.parse_args([]), 7, terms, time.time() - 10, 1.5)
     row, = log_of(tmp_path)
-    assert (row["step"], row["loss"], row["grad_norm"]) == (7, 3, 9)
+    assert (row["step"], row["loss"], row["grad_norm"], row["data_time"]) == (7, 3, 9, 0.5)
+    assert row["images_per_s"] == pytest.approx(3 * 16 / 10, rel=0.1)
 
 
 def test_a_step_that_float16_skips_leaves_a_log_of_plain_numbers(tmp_path, monkeypatch):
@@ -703,10 +706,13 @@ def settings(compile):
     return SimpleNamespace(compile=compile)
 
 
-def test_training_is_compiled_on_a_gpu_unless_told_otherwise(monkeypatch):
+def test_training_is_compiled_on_a_gpu_unless_told_otherwise(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "has_compiler", lambda *_: True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: "found")
     gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert not train.should_compile(settings(True), gpu)
+    (tmp_path / "Python.h").touch()
     assert [train.should_compile(settings(given), gpu) for given in (None, True, False)] == [
         True, True, False]
     assert [train.should_compile(settings(given), CPU) for given in (None, True, False)] == [
@@ -714,7 +720,7 @@ def test_training_is_compiled_on_a_gpu_unless_told_otherwise(monkeypatch):
 
 
 @pytest.mark.parametrize("device, missing", [("cpu", "a C++ compiler"),
-                                             ("cuda", "Triton or a C compiler")])
+                                             ("cuda", "Triton, a C compiler or Python.h")])
 def test_without_a_compiler_nothing_is_compiled_and_a_line_says_so(
         monkeypatch, capsys, device, missing):
     monkeypatch.setenv("PATH", "")

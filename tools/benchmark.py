@@ -57,6 +57,8 @@ BACKBONES = {"resnet50": "R50",
 RESNET, SWIN_TINY, SWIN_LARGE = BACKBONES
 LAYERS = 6                                               # of the decoder
 QUERIES = 100
+MEAN = torch.tensor([124., 116., 104.], device=DEVICE).view(3, 1, 1)
+STD = torch.tensor([58., 57., 57.], device=DEVICE).view(3, 1, 1)
 MEMORY_FILE = Path("/proc/self/status")                  # of this process; only Linux has it
 
 
@@ -157,9 +159,7 @@ def their_model(work):
 
 def normalized(images):
     """Our model does this by itself, theirs wants it done."""
-    mean = torch.tensor([124., 116., 104.], device=DEVICE).view(3, 1, 1)
-    std = torch.tensor([58., 57., 57.], device=DEVICE).view(3, 1, 1)
-    return (images.to(DEVICE).float() - mean) / std
+    return (images.to(DEVICE).float() - MEAN) / STD
 
 
 def autocast(work):
@@ -428,7 +428,7 @@ def summary_of(trace):
     kernels = [event for event in trace
                if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     waits = [event for event in trace
-             if event.get("name") in ("cudaStreamSynchronize", "cudaEventSynchronize")]
+             if event.get("name", "").startswith(("cudaStreamSynchronize", "cudaEventSynchronize"))]
     return {"busy": sum(event["dur"] for event in kernels) / 1000,
             "kernels": len(kernels),
             "waits": len(waits)}
