@@ -378,8 +378,8 @@ def test_a_resumed_run_on_own_data_needs_no_other_flags(tmp_path):
     assert metrics_of(tmp_path / "run")["step"] == 2
 
 
-def test_runs_and_checkpoints_of_the_version_before_are_continued_and_loaded(tmp_path):
-    """That version: frozen norms without num_batches_tracked, other entries and other flags."""
+def test_older_runs_and_checkpoints_are_continued_and_loaded(tmp_path):
+    """Before revision 6733643 frozen norms had no num_batches_tracked, and flags were others."""
     run("--steps", 2, "--freeze-bn", "--output", tmp_path)
     state = content(tmp_path / "last.pt")
     metrics = metrics_of(tmp_path)
