@@ -32,8 +32,8 @@ from matcher import hungarian_match, pairwise_dice, pairwise_focal
 from tools.official_weights import load_official, official_to_ours, translate
 
 # The largest differences allowed. The plain weights make queries so alike that rounding decides
-# some pixels. (Where panoptic segments differ, the best two queries are within 1e-7, as looked at
-# once by hand.) "spread": weights that make queries differ.
+# some pixels. (Where panoptic segments differ, the best two queries are within 1e-7; checked once,
+# by hand.) "spread": weights that make queries differ.
 LIMITS = {
     "features": 1e-3,
     "pixel embeddings": 1e-4,

@@ -510,7 +510,8 @@ def official_checkpoint(source):
 
 def evaluation_flags(dataset, backbone):
     """train.py's flags for evaluation, from the recipe for the dataset and the backbone."""
-    from train import recipe                     # train -> evaluate -> this file, where it loads
+    # Not at the top: train imports evaluate, and evaluate's `load` imports this file.
+    from train import recipe
     settings = {"object_threshold": 0.8, "overlap_threshold": 0.8}   # Sec. 3.4
     settings |= recipe(dataset, backbone)
     names = ("test_short_side", "test_max_long_side", "object_threshold", "overlap_threshold")
